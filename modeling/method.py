@@ -1,0 +1,198 @@
+"""What a training-free method is, its settings, and the registry that everything else reads.
+
+A method says what it needs from the trunk and turns the trunk's output into patch features. A new one is a small
+function or class plus a settings dataclass:
+
+```python
+from dataclasses import dataclass
+from arm_hf import MethodSettings, register_method
+
+@dataclass(frozen=True)
+class PlainSettings(MethodSettings):
+    pass
+
+@register_method("plain", settings=PlainSettings, paper="none", summary="project the last hidden state")
+def plain(context, settings):
+    return context.tower.project(context.trunk.last_input)[:, 1:]
+```
+
+after which the pipeline, the command line and ARM accept `method="plain"`.
+"""
+
+import dataclasses
+import difflib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .trunk import TrunkOutput, TrunkRequest, VisionTower
+
+
+def setting(default: Any, help: str) -> Any:
+    """A settings field whose help text serves the command line, the docs and the error messages."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """Settings that every method has. Subclasses add their own, with `setting(default, help)`."""
+
+    logit_scale: float | None = setting(
+        None, "factor on the cosines before the softmax over queries; None takes CLIP's learned scale"
+    )
+    position_rule: str = setting("reference", 'resizing of the position table: "reference" or "transformers"')
+
+
+@dataclass
+class MethodContext:
+    """All that a method may read.
+
+    Attributes:
+        tower: The image tower (weights, projections).
+        trunk: Output of blocks 1..n-1 with what the method requested.
+        class_embeddings: L2-normalised query vectors, (Q, D), or None when the caller wants features only.
+        outside: Features or maps from other models, by name (proxy features, region maps, ...).
+    """
+
+    tower: VisionTower
+    trunk: TrunkOutput
+    class_embeddings: Tensor | None = None
+    outside: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ScoreMap:
+    """Per-query scores on a grid, before upsampling.
+
+    Attributes:
+        values: (B, Q, h, w).
+        activation: How scores become numbers in [0, 1] after upsampling: "softmax" over queries (of scale * values),
+            "sigmoid" per query, or "none" when they already are.
+        scale: Factor inside the softmax.
+    """
+
+    values: Tensor
+    activation: str = "softmax"
+    scale: float = 1.0
+
+
+class Method:
+    """One training-free method. Subclass it, or decorate a function with `register_method`."""
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    reference: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
+    settings_class: ClassVar[type[MethodSettings]] = MethodSettings
+    needs_class_embeddings: ClassVar[bool] = False
+    """Whether the patch features themselves depend on the words (a first pass, for example)."""
+
+    def request(self, settings: Any, num_blocks: int) -> TrunkRequest:
+        """What the trunk must keep for this method in a tower of `num_blocks` blocks."""
+        return TrunkRequest(position_rule=settings.position_rule)
+
+    def patch_features(self, context: MethodContext, settings: Any) -> Tensor:
+        """Patch features after post-norm and projection, not normalised.
+
+        Returns:
+            (B, N, D) on the trunk's grid, or (B, h, w, D) on a grid of the method's own.
+        """
+        raise TypeError(f"method {self.name!r} does not define patch_features")
+
+    def score_map(self, context: MethodContext, settings: Any, patch_features: Tensor) -> ScoreMap | None:
+        """The method's own scores from its features (B, h, w, D); None means cosine similarity with the queries."""
+        return None
+
+    def settings(self, options: Mapping[str, Any] | None = None) -> Any:
+        """Build this method's settings from keyword options.
+
+        Raises:
+            TypeError: An option is unknown; the message lists the allowed ones.
+        """
+        options = dict(options or {})
+        allowed = [f.name for f in dataclasses.fields(self.settings_class)]
+        unknown = [key for key in options if key not in allowed]
+        if unknown:
+            raise TypeError(f"method {self.name!r} has no setting {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+        return self.settings_class(**options)
+
+
+class _FunctionMethod(Method):
+    """A method made from a single function `(context, settings) -> patch features`."""
+
+    def __init__(self, function: Callable[[MethodContext, Any], Tensor], request: Callable | None):
+        self._function, self._request = function, request
+
+    def request(self, settings: Any, num_blocks: int) -> TrunkRequest:
+        return self._request(settings, num_blocks) if self._request else super().request(settings, num_blocks)
+
+    def patch_features(self, context: MethodContext, settings: Any) -> Tensor:
+        return self._function(context, settings)
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register_method(
+    name: str,
+    *,
+    settings: type[MethodSettings] | None = None,
+    paper: str = "",
+    reference: str = "",
+    summary: str = "",
+    cost: str = "one pass",
+    request: Callable[[Any, int], TrunkRequest] | None = None,
+) -> Callable:
+    """Register a method under a name; use it as a decorator on a function or on a `Method` subclass.
+
+    Args:
+        name: What users type; letters, digits and underscores.
+        settings: The settings dataclass, a subclass of `MethodSettings`.
+        paper: Title, venue and identifier of the paper.
+        reference: The authors' code that the numbers follow (name and commit), or why there is none.
+        summary: One line saying what is computed.
+        cost: One line on time or memory against a plain CLIP image pass.
+        request: For functions, what the trunk must keep: `(settings, num_blocks) -> TrunkRequest`.
+
+    Raises:
+        ValueError: The name is not an identifier.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"method name {name!r} must consist of letters, digits and underscores")
+
+    def decorate(target: Any) -> Any:
+        method = target() if isinstance(target, type) else _FunctionMethod(target, request)
+        given = {"name": name, "paper": paper, "reference": reference, "summary": summary, "cost": cost}
+        for key, value in given.items():
+            if value or not getattr(method, key):
+                setattr(method, key, value)
+        if settings is not None:
+            method.settings_class = settings
+        if name in _METHODS:
+            warnings.warn(f"method {name!r} was registered before and is replaced", stacklevel=2)
+        _METHODS[name] = method
+        return target
+
+    return decorate
+
+
+def list_methods() -> list[str]:
+    """Names of all registered methods, sorted."""
+    return sorted(_METHODS)
+
+
+def get_method(name: str) -> Method:
+    """The method registered under a name.
+
+    Raises:
+        ValueError: There is none; the message lists the known ones and the nearest.
+    """
+    if name not in _METHODS:
+        near = difflib.get_close_matches(str(name), _METHODS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown method {name!r}; registered are {', '.join(list_methods())}.{hint}")
+    return _METHODS[name]
