@@ -10,6 +10,7 @@ import base64
 import binascii
 import io
 import os
+import struct
 import warnings
 from typing import Any
 
@@ -122,6 +123,7 @@ def _decode(file: Any, name: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=formats) as image:
                 _require_pixels(image.size, name)
+                image.load()
                 return to_rgb(image)
     except UnreadableImage:
         raise
@@ -142,8 +144,8 @@ def _decode(file: Any, name: str) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    # The pixels are loaded already, so whatever fails here is the metadata: a picture with broken EXIF is a good picture.
-    except Exception:
+    # The pixels are loaded already, so what fails here is the metadata: a picture with broken EXIF is a good picture.
+    except (ArithmeticError, AttributeError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error):
         return image.copy()
 
 
