@@ -21,6 +21,8 @@ from torch import Tensor
 from .attention import attend, merge_heads, project_heads
 from .method import MethodContext, MethodSettings, register_method, setting
 
+LAST_BLOCK_METHODS = ("clip", "maskclip", "sclip", "clearclip", "naclip")
+
 
 @dataclass(frozen=True)
 class LastBlockSettings(MethodSettings):

@@ -1,0 +1,195 @@
+"""The Attention Refinement Module itself (Liu, Zhu and Shi, 2026, section 3.2), as plain modules without CLIP.
+
+    F_m = MLP([F_i; F_j])                              hidden states of two blocks, to D channels
+    F'  = cross-attention(query F_m, key = value F_d)  Eq. 2
+    F'' = self-attention(F')                           Eq. 3
+    R_v = scale blocks(F''), (D, H', W')               transposed convolutions
+    M_r = E_t R_v                                      Eq. 4
+
+The equations are the generic single-head form; here the blocks have projections, heads, pre-LayerNorm, a residual on the
+query path and a feed-forward layer, as a stack of "blocks" needs to be trainable.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import attention_map, merge_heads, split_heads
+
+
+def _eager_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: Any):
+    weights = attention_map(query, key, scaling)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class RefinementAttention(nn.Module):
+    """Multi-head attention of queries over a memory; the implementation follows `config._attn_implementation`."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, states: Tensor, memory: Tensor) -> Tensor:
+        """Attend from `states` (B, N, D) over `memory` (B, M, D)."""
+        query = split_heads(self.q_proj(states), self.num_heads)
+        key = split_heads(self.k_proj(memory), self.num_heads)
+        value = split_heads(self.v_proj(memory), self.num_heads)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
+        attended, _ = attend(self, query, key, value, None, scaling=self.scaling, dropout=0.0, is_causal=False)
+        return self.out_proj(attended.flatten(2))  # (B, N, heads, d) -> (B, N, D)
+
+
+class FeedForward(nn.Sequential):
+    """Linear - GELU - Linear."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+class RefinementBlock(GradientCheckpointingLayer):
+    """Pre-norm attention with residual, then an optional feed-forward layer with residual.
+
+    With `memory` it is a cross-attention block (Eq. 2), without it a self-attention block (Eq. 3).
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        width = config.hidden_size
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = RefinementAttention(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.ffn_norm = nn.LayerNorm(width) if config.ffn_ratio else None
+        self.ffn = FeedForward(width, int(width * config.ffn_ratio)) if config.ffn_ratio else None
+
+    def forward(self, states: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Refine `states` (B, N, D), looking at `memory` (B, M, D) or at themselves."""
+        normed = self.attention_norm(states)
+        states = states + self.dropout(self.attention(normed, normed if memory is None else memory))
+        if self.ffn is not None:
+            states = states + self.dropout(self.ffn(self.ffn_norm(states)))
+        return states
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a (B, D, H, W) map."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ScaleBlock(nn.Module):
+    """Double the resolution of a map: (B, D, h, w) -> (B, D, 2h, 2w).
+
+    "eomt" is the block of that name in EoMT (Kerssies et al., CVPR 2025), which the paper's wording matches; "plain" is
+    a transposed convolution and GELU.
+    """
+
+    def __init__(self, width: int, kind: str = "eomt"):
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
+        self.activation = nn.GELU()
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False) if kind == "eomt" else None
+        self.norm = ChannelNorm(width) if kind == "eomt" else None
+
+    def forward(self, maps: Tensor) -> Tensor:
+        maps = self.activation(self._double(maps))
+        if self.depthwise is not None:
+            maps = self.norm(self.depthwise(maps))
+        return maps
+
+    def _double(self, maps: Tensor) -> Tensor:
+        # A 2x2 stride-2 transposed convolution has no overlap: it is one matrix product per pixel, several times
+        # faster on CPU than the generic kernel. Weight (D_in, D_out, 2, 2).
+        if maps.device.type != "cpu":
+            return self.upsample(maps)
+        batch, width, height, columns = maps.shape
+        weight = self.upsample.weight.flatten(1)  # (D, D*2*2)
+        tiles = maps.flatten(2).transpose(1, 2) @ weight  # (B, h*w, D*4)
+        tiles = tiles.view(batch, height, columns, -1, 2, 2) + self.upsample.bias[:, None, None]
+        return tiles.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, 2 * height, 2 * columns)
+
+
+class IntermediateFusion(nn.Module):
+    """Concatenate hidden states of several blocks and map them to D channels: F_m, (B, N, D)."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        width = len(config.fusion_layers) * config.clip_config.vision_config.hidden_size
+        self.norm = nn.LayerNorm(width) if config.input_norm else None
+        layers = [nn.Linear(width, config.hidden_size)]
+        if config.mlp_layers == 2:
+            layers += [nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)]
+        self.mlp = nn.Sequential(*layers)
+
+    def forward(self, hidden_states: Sequence[Tensor]) -> Tensor:
+        states = torch.cat(tuple(hidden_states), dim=-1)
+        return self.mlp(states if self.norm is None else self.norm(states))
+
+
+class AttentionRefinementModule(nn.Module):
+    """From hidden states and a host's patch features to R_v, the class-independent refinement features.
+
+    Args:
+        config: An `ARMConfig`; the fields read here are documented there.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        width = config.hidden_size
+        self.fusion = IntermediateFusion(config)
+        self.deep_norm = nn.LayerNorm(width) if config.deep_norm else None
+        self.cross_attention = nn.ModuleList(RefinementBlock(config) for _ in range(config.num_cross_attention_layers))
+        self.self_attention = nn.ModuleList(RefinementBlock(config) for _ in range(config.num_self_attention_layers))
+        self.scale_blocks = nn.ModuleList(
+            ScaleBlock(width, config.scale_block) for _ in range(config.num_scale_blocks_for_patch)
+        )
+        self.output_gain = nn.Parameter(torch.zeros(())) if config.zero_init else None
+        self.refinement_scale = config.refinement_scale
+
+    def forward(self, hidden_states: Sequence[Tensor], patch_features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Compute R_v.
+
+        Args:
+            hidden_states: Patch tokens (without CLS) of the fusion layers, each (B, N, W) on `grid`.
+            patch_features: F_d of the host after projection, (B, M, D); M may differ from N.
+            grid: Patches per column and row (h, w), N = h*w.
+
+        Returns:
+            R_v, (B, D, H', W') with H' = h * 2^blocks.
+        """
+        states = self.fusion(hidden_states)  # F_m (B, N, D)
+        memory = patch_features if self.deep_norm is None else self.deep_norm(patch_features)
+        for block in self.cross_attention:
+            states = block(states, memory)
+        for block in self.self_attention:
+            states = block(states)
+        maps = states.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+        for scale_block in self.scale_blocks:
+            maps = scale_block(maps)
+        if self.output_gain is not None:
+            maps = maps * self.output_gain
+        return maps * self.refinement_scale if self.refinement_scale != 1.0 else maps
+
+
+def refinement_map(refinement_features: Tensor, class_embeddings: Tensor) -> Tensor:
+    """M_r = E_t R_v (Eq. 4): (B, D, H', W') and (Q, D) -> (B, Q, H', W')."""
+    return torch.einsum("bdhw,qd->bqhw", refinement_features, class_embeddings.to(refinement_features.dtype))
+
+
+def fuse(coarse: Tensor, refinement: Tensor) -> Tensor:
+    """M_f = M_c + M_r (Eq. 5), M_c resized bilinearly to the resolution of M_r."""
+    if coarse.shape[-2:] != refinement.shape[-2:]:
+        coarse = F.interpolate(coarse, size=refinement.shape[-2:], mode="bilinear", align_corners=False)
+    return coarse + refinement

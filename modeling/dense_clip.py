@@ -1,0 +1,243 @@
+"""Dense CLIP: trunk once, a method's last block, cosine with the words; windows and batches around it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .decision import MAX_CHUNK_VALUES, Decision, QueryMaps, decide, window_boxes
+from .last_block_methods import LAST_BLOCK_METHODS
+from .method import Method, MethodContext, ScoreMap, get_method
+from .trunk import TrunkOutput, TrunkRequest, VisionTower
+
+BUILT_IN_METHODS = LAST_BLOCK_METHODS
+"""Methods that come with the package; importing their files registers them."""
+
+
+@dataclass
+class DenseFeatures:
+    """Patch features of one method, with everything that led to them.
+
+    Attributes:
+        patch_features: F_d after post-norm and projection, not normalised, (B, h, w, D).
+        trunk: The trunk pass (hidden states, attention maps, padding).
+        method: The method.
+        settings: Its settings.
+        context: What the method was given.
+    """
+
+    patch_features: Tensor
+    trunk: TrunkOutput
+    method: Method
+    settings: Any
+    context: MethodContext
+
+    def hidden_patches(self, layers: Sequence[int]) -> list[Tensor]:
+        """Patch tokens (CLS dropped) of kept hidden states, each (B, N, W)."""
+        return [self.trunk.hidden_states[layer][:, 1:] for layer in layers]
+
+
+class DenseCLIP:
+    """A transformers `CLIPModel` as a dense encoder.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import CLIPConfig, CLIPModel
+    >>> from arm_hf import DenseCLIP
+
+    >>> dense = DenseCLIP(CLIPModel(CLIPConfig()).eval())
+    >>> with torch.no_grad():
+    ...     features = dense.features(torch.zeros(1, 3, 96, 150), method="sclip")
+    >>> features.patch_features.shape  # 96 x 150 pixels are 3 x 5 patches of 32
+    torch.Size([1, 3, 5, 512])
+
+    ```
+
+    Args:
+        clip: The model; it is used as it is and never changed.
+        odd_sizes: What happens to sizes that are no multiple of the patch: "pad" or "drop" (see `VisionTower.run`).
+    """
+
+    def __init__(self, clip: nn.Module, odd_sizes: str = "pad"):
+        self.clip = clip
+        self.tower = VisionTower(clip)
+        self.odd_sizes = odd_sizes
+
+    @property
+    def logit_scale(self) -> float:
+        """CLIP's learned temperature tau = exp(logit_scale)."""
+        return float(self.clip.logit_scale.detach().exp())
+
+    def run_trunk(self, pixel_values: Tensor, request: TrunkRequest | None = None, **kwargs: Any) -> TrunkOutput:
+        """One pass through blocks 1..n-1; `request` may be the union of several methods' requests."""
+        return self.tower.run(pixel_values, request, odd_sizes=self.odd_sizes, **kwargs)
+
+    def features(
+        self,
+        pixel_values: Tensor,
+        method: str | Method = "clearclip",
+        method_options: Mapping[str, Any] | None = None,
+        *,
+        hidden_states: Sequence[int] = (),
+        class_embeddings: Tensor | None = None,
+        outside: Mapping[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> DenseFeatures:
+        """Patch features of a method.
+
+        Args:
+            pixel_values: Normalised images of any size, (B, 3, H, W).
+            method: Name or instance of a registered method.
+            method_options: Its settings.
+            hidden_states: Further hidden states to keep, e.g. ARM's fusion layers.
+            class_embeddings: Query vectors (Q, D), for methods that need them.
+            outside: Features of other models, for methods that use them.
+            gradient_checkpointing: Passed to the trunk.
+
+        Raises:
+            ValueError: Unknown method, wrong shape, or the method needs class embeddings and got none.
+            TypeError: Unknown setting.
+        """
+        method = get_method(method) if isinstance(method, str) else method
+        settings = method.settings(method_options)
+        request = method.request(settings, self.tower.num_blocks)
+        request = request.merge(TrunkRequest(tuple(hidden_states), (), request.position_rule))
+        trunk = self.run_trunk(pixel_values, request, gradient_checkpointing=gradient_checkpointing)
+        return self.apply(method, settings, trunk, class_embeddings, outside)
+
+    def apply(
+        self,
+        method: Method,
+        settings: Any,
+        trunk: TrunkOutput,
+        class_embeddings: Tensor | None = None,
+        outside: Mapping[str, Any] | None = None,
+    ) -> DenseFeatures:
+        """A method's patch features from a trunk pass that kept what the method requests."""
+        if method.needs_class_embeddings and class_embeddings is None:
+            raise ValueError(f"method {method.name!r} needs class_embeddings: its features depend on the words")
+        context = MethodContext(self.tower, trunk, class_embeddings, outside or {})
+        patch_features = method.patch_features(context, settings)
+        if patch_features.ndim == 3:
+            patch_features = patch_features.unflatten(1, trunk.grid)
+        return DenseFeatures(patch_features, trunk, method, settings, context)
+
+    def score_map(self, features: DenseFeatures, class_embeddings: Tensor) -> ScoreMap:
+        """Scores of a method: its own, or the cosine of patch features and class embeddings, (B, Q, h, w)."""
+        own = features.method.score_map(features.context, features.settings, features.patch_features)
+        if own is not None:
+            return own
+        patches = F.normalize(features.patch_features, dim=-1)
+        classes = F.normalize(class_embeddings.to(patches.dtype), dim=-1)
+        scale = features.settings.logit_scale
+        return ScoreMap(
+            (patches @ classes.T).permute(0, 3, 1, 2), "softmax", self.logit_scale if scale is None else scale
+        )
+
+    def query_maps(
+        self,
+        pixel_values: Tensor,
+        class_embeddings: Tensor,
+        method: str | Method = "clearclip",
+        method_options: Mapping[str, Any] | None = None,
+        logit_scale: float | None = None,
+        outside: Mapping[str, Any] | None = None,
+    ) -> QueryMaps:
+        """Scores of a batch of images, ready for `decide`.
+
+        Args:
+            logit_scale: Replaces the method's factor inside the softmax.
+        """
+        features = self.features(
+            pixel_values, method, method_options, class_embeddings=class_embeddings, outside=outside
+        )
+        scores = self.score_map(features, class_embeddings)
+        scale = scores.scale if logit_scale is None else logit_scale
+        trunk = features.trunk
+        return QueryMaps(scores.values, None, None, scores.activation, scale, trunk.padding, trunk.padded_size)
+
+    @torch.no_grad()
+    def segment(self, pixel_values: Tensor, class_embeddings: Tensor, **kwargs: Any) -> list[Decision]:
+        """Label maps of a batch of images; see `segment_images` for window, size and background arguments.
+
+        `method`, `method_options`, `logit_scale` and `outside` go to `query_maps`.
+        """
+        names = ("method", "method_options", "logit_scale", "outside")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        return segment_images(
+            lambda pixels: self.query_maps(pixels, class_embeddings, **options),
+            pixel_values,
+            num_queries=class_embeddings.shape[0],
+            **kwargs,
+        )
+
+
+def segment_images(
+    maps_of: Callable[[Tensor], QueryMaps],
+    pixel_values: Tensor,
+    *,
+    num_queries: int,
+    class_of_query: Sequence[int] | None = None,
+    num_classes: int | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    window_batch_size: int = 16,
+    threshold: float | None = None,
+    background_index: int | None = None,
+    return_class_scores: bool = False,
+    max_chunk_values: int = MAX_CHUNK_VALUES,
+) -> list[Decision]:
+    """Segment a batch of equally sized images, whole or window by window.
+
+    Args:
+        maps_of: Scores of a batch of pixels, such as `DenseCLIP.query_maps`.
+        pixel_values: Normalised images, (B, 3, H, W).
+        num_queries: Q.
+        class_of_query: Class of each query; by default each query is its own class.
+        num_classes: Number of classes, if higher than the indices show.
+        sizes: Height and width of each result; by default the input's.
+        window: Side of the square sliding window in pixels of the input; None looks at the whole image.
+        stride: Step of the window; half the window by default.
+        window_batch_size: Windows (of all images together) per forward pass; bounds memory.
+        threshold: See `decide`.
+        background_index: See `decide`.
+        return_class_scores: See `decide`.
+        max_chunk_values: See `decide`.
+
+    Returns:
+        One `Decision` per image.
+    """
+    if window_batch_size < 1:
+        raise ValueError(f"window_batch_size must be at least 1, got {window_batch_size}")
+    image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
+    boxes = window_boxes(image_size, window, stride)
+    class_of_query = range(num_queries) if class_of_query is None else class_of_query
+    crops = [(image, box) for image in pixel_values for box in boxes]  # views, image after image
+    parts = []
+    for start in range(0, len(crops), window_batch_size):
+        batch = [image[:, top:bottom, left:right] for image, (top, left, bottom, right) in crops[start : start + window_batch_size]]
+        parts.append(maps_of(torch.stack(batch)))
+    maps = QueryMaps.cat(parts)
+    decisions = []
+    for index in range(pixel_values.shape[0]):
+        decisions.append(
+            decide(
+                maps.select(slice(index * len(boxes), (index + 1) * len(boxes))),
+                boxes,
+                image_size,
+                class_of_query,
+                num_classes=num_classes,
+                output_size=None if sizes is None else sizes[index],
+                threshold=threshold,
+                background_index=background_index,
+                return_class_scores=return_class_scores,
+                max_chunk_values=max_chunk_values,
+            )
+        )
+    return decisions
