@@ -1,0 +1,82 @@
+"""Open-vocabulary segmentation with a frozen CLIP: training-free methods and the Attention Refinement Module.
+
+Importing this package is cheap: the names below are loaded on first use, and the Auto classes and the pipeline of
+transformers learn about ARM when they are loaded themselves (see `arm_hf.registration`).
+
+```python
+import arm_hf
+from transformers import pipeline
+
+segment = pipeline("open-vocab-segmentation", model=arm_hf.resolve_model(arm_hf.DEFAULT_MODEL))
+```
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if not (Path(__file__).parent / "modeling").exists():
+    # A checkout keeps modeling/, training/ and hub_cards/ beside arm_hf/; an installed copy has them inside.
+    __path__.append(str(Path(__file__).parents[1]))
+
+from . import registration
+from .default_model import DEFAULT_MODEL, resolve_model
+
+if TYPE_CHECKING:
+    from .label_sets import list_label_sets, load_label_set
+    from .modeling.configuration_arm import ARMConfig
+    from .modeling.dense_clip import DenseCLIP
+    from .modeling.method import MethodSettings, get_method, list_methods, register_method
+    from .modeling.modeling_arm import ARMModel, ARMOutput
+    from .modeling.pipeline_arm import OpenVocabSegmentationPipeline, SclipPipeline
+    from .modeling.prompts import Background, Label, parse_labels
+
+_HOMES = {
+    "label_sets": ("list_label_sets", "load_label_set"),
+    "modeling.configuration_arm": ("ARMConfig",),
+    "modeling.dense_clip": ("DenseCLIP",),
+    "modeling.method": ("MethodSettings", "get_method", "list_methods", "register_method"),
+    "modeling.modeling_arm": ("ARMModel", "ARMOutput"),
+    "modeling.pipeline_arm": ("OpenVocabSegmentationPipeline", "SclipPipeline"),
+    "modeling.prompts": ("Background", "Label", "parse_labels"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ARMConfig",
+    "ARMModel",
+    "ARMOutput",
+    "Background",
+    "DEFAULT_MODEL",
+    "DenseCLIP",
+    "Label",
+    "MethodSettings",
+    "OpenVocabSegmentationPipeline",
+    "SclipPipeline",
+    "__version__",
+    "get_method",
+    "list_label_sets",
+    "list_methods",
+    "load_label_set",
+    "parse_labels",
+    "register_method",
+    "resolve_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name on first use (PEP 562)."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+registration.install()

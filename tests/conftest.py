@@ -1,0 +1,170 @@
+"""Fixtures of all tests: a tiny seeded CLIP with tokenizer and image processor, photos, and fresh Python processes."""
+
+import os
+
+# Before any Hugging Face library is imported: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with photos, labelled data and reference numbers that is not part of the repository."""
+    folder = Path(os.environ.get("ARM_HF_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"needs the folder {folder} (set ARM_HF_SHARED to where it is)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_config() -> CLIPConfig:
+    """64 px, patch 16 (16 tokens), width 128, 12 layers, text width 64: the shape of the reference numbers."""
+    return CLIPConfig(
+        projection_dim=64,
+        text_config={
+            "vocab_size": 514,
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,
+            "max_position_embeddings": 77,
+            "bos_token_id": 512,
+            "eos_token_id": 513,
+            "pad_token_id": 513,
+            "projection_dim": 64,
+        },
+        vision_config={
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 16,
+            "projection_dim": 64,
+        },
+    )
+
+
+def _seeded_clip(config: CLIPConfig) -> CLIPModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CLIPModel(config).eval()
+        # The default initialisation gives nearly equal tokens; wider weights make attention and methods differ.
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim >= 2:
+                    weight.mul_(2.0)
+                elif name.endswith(("bias", "class_embedding")):
+                    weight.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture
+def tiny_clip(tiny_clip_config: CLIPConfig) -> CLIPModel:
+    """A random CLIPModel, the same in every test and every run; each test gets its own copy."""
+    return _seeded_clip(tiny_clip_config)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> CLIPTokenizer:
+    """Byte-level CLIP tokenizer without merges: 256 bytes inside a word, 256 at its end, start, end; no download."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    # The usual byte alphabet of BPE tokenizers: bytes without a printable sign are moved above 255.
+    alphabet = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+    tokens = [*alphabet, *(f"{sign}</w>" for sign in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+@pytest.fixture(scope="session")
+def tiny_image_processor() -> CLIPImageProcessor:
+    """Shortest edge to 64 px, no crop: what dense prediction needs."""
+    return CLIPImageProcessor(size={"shortest_edge": 64}, do_center_crop=False)
+
+
+@pytest.fixture
+def tiny_clip_folder(
+    tmp_path: Path, tiny_clip: CLIPModel, tiny_tokenizer: CLIPTokenizer, tiny_image_processor: CLIPImageProcessor
+) -> Path:
+    """The tiny CLIP as a saved model folder, as a user would download one."""
+    folder = tmp_path / "tiny-clip"
+    for part in (tiny_clip, tiny_tokenizer, tiny_image_processor):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    """A photo of a cat where scikit-image is installed, else a drawn scene; 160 x 120."""
+    try:
+        from skimage import data
+    except ImportError:
+        y, x = np.mgrid[0:120, 0:160]
+        scene = np.stack([255 - y, 120 + y, 40 + x], axis=-1)
+        scene[(y - 70) ** 2 + (x - 80) ** 2 < 900] = (220, 140, 60)
+        return Image.fromarray(scene.astype(np.uint8))
+    return Image.fromarray(data.chelsea()).resize((160, 120))
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., str]:
+    """Runs code in a fresh interpreter, and returns its stdout."""
+
+    def run(
+        code: str,
+        *,
+        cwd: Path | None = None,
+        path: Path | None = ROOT,
+        env: Mapping[str, str] | None = None,
+        python: str | Path = sys.executable,
+        timeout: float = 300,
+    ) -> str:
+        """Runs `code`.
+
+        Args:
+            code: Program text; an exception in it fails the test with its traceback.
+            cwd: Working directory; None takes the system's temporary one.
+            path: What PYTHONPATH holds; None leaves it empty.
+            env: Further environment variables.
+            python: Interpreter.
+            timeout: Seconds.
+        """
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        clean |= {"OMP_NUM_THREADS": "1", **(env or {})}
+        if path is not None:
+            clean["PYTHONPATH"] = str(path)
+        done = subprocess.run(
+            [str(python), "-c", code],
+            cwd=cwd or tempfile.gettempdir(),
+            env=clean,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if done.returncode != 0:
+            pytest.fail(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done.stdout
+
+    return run

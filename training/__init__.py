@@ -1,0 +1,1 @@
+"""Training of ARM and of the embedded model."""
