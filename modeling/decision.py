@@ -26,7 +26,7 @@ class QueryMaps:
         refinement_features: R_v, (B, D, H', W'), or None without ARM.
         class_embeddings: E_t, (Q, D); needed with `refinement_features`.
         activation: "softmax" over queries, "sigmoid" per query, or "none".
-        scale: Factor inside the softmax.
+        scale: Factor on the scores before "softmax" or "none".
         padding: What was added around the image, in pixels.
         padded_size: Height and width of the padded image.
     """
@@ -116,6 +116,13 @@ def window_boxes(size: tuple[int, int], window: int | None, stride: int | None) 
         for top in starts(height)
         for left in starts(width)
     ]
+
+
+def background_queries(class_of_query: Sequence[int] | None, background_index: int | None) -> tuple[int, ...]:
+    """Queries that belong to the background class; none without a background class."""
+    if class_of_query is None or background_index is None:
+        return ()
+    return tuple(query for query, index in enumerate(class_of_query) if index == background_index)
 
 
 def upsample(maps: QueryMaps, boxes: Sequence[tuple[int, int, int, int]], size: tuple[int, int], start: int, stop: int):
@@ -213,7 +220,7 @@ def decide(
     def activate(values: Tensor) -> Tensor:
         if log_sum is not None:
             return (values - log_sum).exp()
-        return values.sigmoid() if maps.activation == "sigmoid" else values
+        return values.sigmoid() if maps.activation == "sigmoid" else values * maps.scale
 
     confidence = activate(best)
     class_scores = None if class_best is None else activate(class_best)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .decision import MAX_CHUNK_VALUES, Decision, QueryMaps, decide, window_boxes
+from .decision import MAX_CHUNK_VALUES, Decision, QueryMaps, background_queries, decide, window_boxes
 from .last_block_methods import LAST_BLOCK_METHODS
+from .layer_fusion_methods import LAYER_FUSION_METHODS
 from .method import Method, MethodContext, ScoreMap, get_method
 from .trunk import TrunkOutput, TrunkRequest, VisionTower
 
-BUILT_IN_METHODS = LAST_BLOCK_METHODS
+BUILT_IN_METHODS = (*LAST_BLOCK_METHODS, *LAYER_FUSION_METHODS)
 """Methods that come with the package; importing their files registers them."""
 
 
@@ -85,6 +86,7 @@ class DenseCLIP:
         *,
         hidden_states: Sequence[int] = (),
         class_embeddings: Tensor | None = None,
+        background_queries: Sequence[int] = (),
         outside: Mapping[str, Any] | None = None,
         gradient_checkpointing: bool = False,
     ) -> DenseFeatures:
@@ -96,6 +98,7 @@ class DenseCLIP:
             method_options: Its settings.
             hidden_states: Further hidden states to keep, e.g. ARM's fusion layers.
             class_embeddings: Query vectors (Q, D), for methods that need them.
+            background_queries: Rows of `class_embeddings` that describe the background.
             outside: Features of other models, for methods that use them.
             gradient_checkpointing: Passed to the trunk.
 
@@ -108,7 +111,7 @@ class DenseCLIP:
         request = method.request(settings, self.tower.num_blocks)
         request = request.merge(TrunkRequest(tuple(hidden_states), (), request.position_rule))
         trunk = self.run_trunk(pixel_values, request, gradient_checkpointing=gradient_checkpointing)
-        return self.apply(method, settings, trunk, class_embeddings, outside)
+        return self.apply(method, settings, trunk, class_embeddings, background_queries, outside)
 
     def apply(
         self,
@@ -116,12 +119,13 @@ class DenseCLIP:
         settings: Any,
         trunk: TrunkOutput,
         class_embeddings: Tensor | None = None,
+        background_queries: Sequence[int] = (),
         outside: Mapping[str, Any] | None = None,
     ) -> DenseFeatures:
         """A method's patch features from a trunk pass that kept what the method requests."""
         if method.needs_class_embeddings and class_embeddings is None:
             raise ValueError(f"method {method.name!r} needs class_embeddings: its features depend on the words")
-        context = MethodContext(self.tower, trunk, class_embeddings, outside or {})
+        context = MethodContext(self.tower, trunk, class_embeddings, tuple(background_queries), outside or {}, self.logit_scale)
         patch_features = method.patch_features(context, settings)
         if patch_features.ndim == 3:
             patch_features = patch_features.unflatten(1, trunk.grid)
@@ -146,15 +150,22 @@ class DenseCLIP:
         method: str | Method = "clearclip",
         method_options: Mapping[str, Any] | None = None,
         logit_scale: float | None = None,
+        background_queries: Sequence[int] = (),
         outside: Mapping[str, Any] | None = None,
     ) -> QueryMaps:
         """Scores of a batch of images, ready for `decide`.
 
         Args:
             logit_scale: Replaces the method's factor inside the softmax.
+            background_queries: Rows of `class_embeddings` that describe the background.
         """
         features = self.features(
-            pixel_values, method, method_options, class_embeddings=class_embeddings, outside=outside
+            pixel_values,
+            method,
+            method_options,
+            class_embeddings=class_embeddings,
+            background_queries=background_queries,
+            outside=outside,
         )
         scores = self.score_map(features, class_embeddings)
         scale = scores.scale if logit_scale is None else logit_scale
@@ -169,6 +180,7 @@ class DenseCLIP:
         """
         names = ("method", "method_options", "logit_scale", "outside")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        options["background_queries"] = background_queries(kwargs.get("class_of_query"), kwargs.get("background_index"))
         return segment_images(
             lambda pixels: self.query_maps(pixels, class_embeddings, **options),
             pixel_values,

@@ -43,7 +43,9 @@ class MethodSettings:
     logit_scale: float | None = setting(
         None, "factor on the cosines before the softmax over queries; None takes CLIP's learned scale"
     )
-    position_rule: str = setting("reference", 'resizing of the position table: "reference" or "transformers"')
+    position_rule: str = setting(
+        "reference", 'resizing of the position table: "reference", "bilinear" or "transformers"'
+    )
 
 
 @dataclass
@@ -54,13 +56,19 @@ class MethodContext:
         tower: The image tower (weights, projections).
         trunk: Output of blocks 1..n-1 with what the method requested.
         class_embeddings: L2-normalised query vectors, (Q, D), or None when the caller wants features only.
+        background_queries: Rows of `class_embeddings` that describe the background class.
         outside: Features or maps from other models, by name (proxy features, region maps, ...).
+        logit_scale: CLIP's learned temperature.
+        scratch: What `patch_features` leaves for `score_map` of the same method.
     """
 
     tower: VisionTower
     trunk: TrunkOutput
     class_embeddings: Tensor | None = None
+    background_queries: tuple[int, ...] = ()
     outside: Mapping[str, Any] = field(default_factory=dict)
+    logit_scale: float = 100.0
+    scratch: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -70,8 +78,8 @@ class ScoreMap:
     Attributes:
         values: (B, Q, h, w).
         activation: How scores become numbers in [0, 1] after upsampling: "softmax" over queries (of scale * values),
-            "sigmoid" per query, or "none" when they already are.
-        scale: Factor inside the softmax.
+            "sigmoid" per query, or "none" when `scale * values` already is.
+        scale: That factor; unused by "sigmoid".
     """
 
     values: Tensor

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput, cached_file
 
 from .arm import AttentionRefinementModule, ChannelNorm, fuse, refinement_map
 from .configuration_arm import ARMConfig
-from .decision import Decision, QueryMaps
+from .decision import Decision, QueryMaps, background_queries
 from .dense_clip import DenseCLIP, DenseFeatures, segment_images
 from .loss import segmentation_loss
 from .packed_weights import load_int8, save_int8
@@ -273,6 +273,7 @@ class ARMModel(PreTrainedModel):
         method: str | None = None,
         method_options: Mapping[str, Any] | None = None,
         class_embeddings: Tensor | None = None,
+        background_queries: Sequence[int] = (),
         outside: Mapping[str, Any] | None = None,
     ) -> DenseFeatures:
         """The host's patch features and the hidden states that ARM reads, in one trunk pass.
@@ -280,6 +281,9 @@ class ARMModel(PreTrainedModel):
         Args:
             method: Registered method; by default `config.method` with `config.method_options`.
             method_options: Settings of the method.
+            class_embeddings: E_t, for methods whose features depend on the words.
+            background_queries: Rows of `class_embeddings` that describe the background.
+            outside: Features of other models.
         """
         self._require_tower()
         if method is None:
@@ -292,6 +296,7 @@ class ARMModel(PreTrainedModel):
                 method_options,
                 hidden_states=self.config.fusion_layers,
                 class_embeddings=class_embeddings,
+                background_queries=background_queries,
                 outside=outside,
                 gradient_checkpointing=self.training and self.is_activation_checkpointing,
             )
@@ -358,7 +363,7 @@ class ARMModel(PreTrainedModel):
             class_embeddings = self.encode_text(input_ids, attention_mask)
         class_embeddings = self._check_embeddings(class_embeddings)
 
-        features = self.features(pixel_values, method, method_options, class_embeddings, outside)
+        features = self.features(pixel_values, method, method_options, class_embeddings, outside=outside)
         refinement = refinement_map(self.refinement_features(features), class_embeddings)  # M_r (B, Q, H', W')
         coarse = self.coarse_map(features, class_embeddings)
         coarse = F.interpolate(coarse, size=refinement.shape[-2:], mode="bilinear", align_corners=False)
@@ -407,6 +412,7 @@ class ARMModel(PreTrainedModel):
         method_options: Mapping[str, Any] | None = None,
         use_arm: bool = True,
         logit_scale: float | None = None,
+        background_queries: Sequence[int] = (),
         outside: Mapping[str, Any] | None = None,
     ) -> QueryMaps:
         """Scores of a batch, ready for `decide`; the product E_t R_v is left to the class-chunked decision.
@@ -419,9 +425,11 @@ class ARMModel(PreTrainedModel):
         if not use_arm:
             if method is None:
                 method, method_options = self.config.method, {**self.config.method_options, **(method_options or {})}
-            return self.dense.query_maps(pixel_values, class_embeddings, method, method_options, logit_scale, outside)
+            return self.dense.query_maps(
+                pixel_values, class_embeddings, method, method_options, logit_scale, background_queries, outside
+            )
         class_embeddings = self._check_embeddings(class_embeddings)
-        features = self.features(pixel_values, method, method_options, class_embeddings, outside)
+        features = self.features(pixel_values, method, method_options, class_embeddings, background_queries, outside)
         coarse = self.coarse_map(features, class_embeddings, logit_scale)
         as_logits = self.config.coarse_form == "logits"
         return QueryMaps(
@@ -460,9 +468,10 @@ class ARMModel(PreTrainedModel):
         Returns:
             One `Decision` per image: labels (H, W), confidence (H, W), class scores on request.
         """
+        background = background_queries(class_of_query, kwargs.get("background_index"))
         return segment_images(
             lambda pixels: self.query_maps(
-                pixels, class_embeddings, method, method_options, use_arm, logit_scale, outside
+                pixels, class_embeddings, method, method_options, use_arm, logit_scale, background, outside
             ),
             pixel_values,
             num_queries=class_embeddings.shape[0],

@@ -274,6 +274,13 @@ class SclipPipeline(OpenVocabSegmentationPipeline):
     default_use_arm = False
 
 
+class CliperPipeline(OpenVocabSegmentationPipeline):
+    """CLIPer's early-layer fusion (Sun et al., ICCV 2025) on any CLIP: no ARM unless a call asks for it."""
+
+    default_method = "cliper"
+    default_use_arm = False
+
+
 def describe_segments(labels: np.ndarray, confidence: np.ndarray, id2label: Mapping[int, str]) -> list[dict[str, Any]]:
     """List the classes of a label map, largest first.
 
@@ -304,4 +311,4 @@ def _flat(values: Sequence) -> list:
     return [item for value in values for item in (value if isinstance(value, list) else [value])]
 
 
-__all__ = ["OpenVocabSegmentationPipeline", "SclipPipeline"]
+__all__ = ["CliperPipeline", "OpenVocabSegmentationPipeline", "SclipPipeline"]

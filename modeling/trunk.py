@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import run_block
 
-POSITION_RULES = ("reference", "transformers")
+POSITION_RULES = ("reference", "bilinear", "transformers")
 ODD_SIZE_RULES = ("pad", "drop")
 
 
@@ -153,7 +153,8 @@ class VisionTower:
             grid: Patches per column and row (h, w).
             rule: "reference" is what SCLIP, ClearCLIP, NACLIP and ResCLIP compute: the table as it is when the number
                 of patches equals the table's (also for a non-square grid), else bicubic with the scale factors
-                ((h + 0.1) / g, (w + 0.1) / g) used for the coordinates. "transformers" resizes to size=(h, w).
+                ((h + 0.1) / g, (w + 0.1) / g) used for the coordinates. "bilinear" is CLIPer's, resized to (h, w).
+                "transformers" is bicubic to (h, w).
 
         Raises:
             ValueError: The rule is unknown.
@@ -171,7 +172,8 @@ class VisionTower:
             factors = ((height + 0.1) / side, (width + 0.1) / side)
             patches = F.interpolate(patches.float(), scale_factor=factors, mode="bicubic", align_corners=False)
         else:
-            patches = F.interpolate(patches.float(), size=grid, mode="bicubic", align_corners=False)
+            mode = "bilinear" if rule == "bilinear" else "bicubic"
+            patches = F.interpolate(patches.float(), size=grid, mode=mode, align_corners=False)
         return torch.cat([table[:1], patches[0].flatten(1).T.to(table.dtype)])  # (1 + h*w, W)
 
     def embed(self, pixel_values: Tensor, position_rule: str = "reference") -> tuple[Tensor, tuple[int, int]]:

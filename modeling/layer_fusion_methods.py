@@ -1,0 +1,139 @@
+"""Methods that read several layers of the image tower: CLIPer's early-layer fusion.
+
+CLIPer (Sun et al., "CLIPer: Hierarchically Improving Spatial Representation of CLIP for Open-Vocabulary Semantic
+Segmentation", ICCV 2025), section 3.2. The numbers follow the authors' code (c05fa41), which differs from Eq. 8 of the
+paper: attention maps are summed and normalised alternately over columns and rows, once more for every stream;
+streams are layer-normalised inputs of the blocks; probabilities, not cosines, are averaged; and a thresholded map of one
+stream is propagated along the attention and added.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .attention import attention_map, merge_heads, split_heads
+from .method import Method, MethodContext, MethodSettings, ScoreMap, register_method, setting
+from .trunk import TrunkRequest
+
+LAYER_FUSION_METHODS = ("cliper",)
+
+ATTENTION_TYPES = ("fused", "q-q", "k-k", "v-v", "vanilla", "identity")
+
+
+@dataclass(frozen=True)
+class CliperSettings(MethodSettings):
+    """Settings of CLIPer; the defaults are those of its code for VOC21 with ViT-B/16."""
+
+    logit_scale: float | None = setting(100.0, "factor on the cosines of every stream; 50 to 100 in the code's configs")
+    position_rule: str = setting(
+        "bilinear", 'resizing of the position table: "bilinear" in the CLIPer code, or "reference", "transformers"'
+    )
+    attention: str = setting("fused", f"attention of the last block, one of {', '.join(ATTENTION_TYPES)}")
+    attention_threshold: float = setting(
+        0.1, "share of a class's maximum below which the propagated map is cut to zero; 0.1 to 0.35 in the configs"
+    )
+    select_stream: int = setting(-1, "stream whose map is propagated, counted from the end: -1, or -2 for some L/14 sets")
+    fuse_streams: bool = setting(True, "average the probabilities of all streams; False keeps the selected one alone")
+    mean_row: bool = setting(True, "add the mean of the foreground words to the softmax, as the code does")
+
+    def __post_init__(self) -> None:
+        if self.attention not in ATTENTION_TYPES:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTION_TYPES)}, got {self.attention!r}")
+        if not 0 <= self.attention_threshold < 1:
+            raise ValueError(f"attention_threshold must be in [0, 1), got {self.attention_threshold}")
+        if self.select_stream >= 0:
+            raise ValueError(f"select_stream counts from the end and must be negative, got {self.select_stream}")
+
+
+def balance(weights: Tensor) -> Tensor:
+    """One column and one row normalisation of (B, heads, L, L) weights (a Sinkhorn pass)."""
+    weights = weights / weights.sum(dim=-2, keepdim=True)
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def sharpen(weights: Tensor) -> Tensor:
+    """Symmetrise, subtract the column mean, clamp at zero and normalise the rows."""
+    weights = (weights + weights.transpose(-2, -1)) / 2
+    weights = (weights - weights.mean(dim=-2, keepdim=True)).clamp_min(0)
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+@register_method(
+    "cliper",
+    settings=CliperSettings,
+    paper="Sun et al., CLIPer: Hierarchically Improving Spatial Representation of CLIP, ICCV 2025",
+    reference="CLIPer code c05fa41 without its Stable-Diffusion step and without windows",
+    summary="fused attention of all early blocks over the embeddings of all blocks; probabilities averaged",
+    cost="about 1.4 of a plain image pass; keeps the attention maps of all blocks but the last",
+)
+class Cliper(Method):
+    """CLIPer's early-layer fusion. The patch features (F_d) are those of the last stream."""
+
+    def request(self, settings: CliperSettings, num_blocks: int) -> TrunkRequest:
+        return TrunkRequest(tuple(range(num_blocks)), tuple(range(num_blocks - 1)), settings.position_rule)
+
+    def streams(self, context: MethodContext) -> list[Tensor]:
+        """Inputs of the last block, one per block: ln_1^i(F_i) for i < n-1, and the raw F_{n-1}, each (B, L, W)."""
+        states, blocks = context.trunk.hidden_states, context.tower.blocks
+        last = context.tower.num_blocks - 1
+        return [blocks[index].layer_norm1(states[index]) for index in range(last)] + [states[last]]
+
+    def stream_features(self, context: MethodContext, settings: CliperSettings) -> tuple[Tensor, Tensor]:
+        """Projected features of every stream, (S, B, L, D), and the attention used last, (B, heads, L, L)."""
+        block, tower = context.tower.last_block, context.tower
+        attention = block.self_attn
+        fused = torch.stack(tuple(context.trunk.attention_maps.values())).sum(dim=0).float()  # (B, heads, L, L)
+        features, weights = [], fused
+        for stream in self.streams(context):
+            normed = block.layer_norm1(stream)
+            value = split_heads(attention.v_proj(normed), attention.num_heads)
+            if settings.attention == "fused":
+                fused = balance(fused)
+                weights = sharpen(fused)
+            else:
+                weights = self._own_attention(attention, normed, value, settings.attention)
+            tokens = attention.out_proj(merge_heads(weights.to(value.dtype) @ value))  # (B, L, W)
+            features.append(tower.project(tokens))
+        return torch.stack(features), weights
+
+    @staticmethod
+    def _own_attention(attention: torch.nn.Module, normed: Tensor, value: Tensor, kind: str) -> Tensor:
+        def heads(name: str) -> Tensor:
+            return split_heads(getattr(attention, f"{name}_proj")(normed), attention.num_heads)
+
+        if kind == "identity":
+            return torch.eye(normed.shape[1], device=normed.device).expand(normed.shape[0], attention.num_heads, -1, -1)
+        if kind == "vanilla":
+            return attention_map(heads("q"), heads("k"), attention.scale)
+        states = value if kind == "v-v" else heads(kind[0])
+        return attention_map(states, states, attention.scale)
+
+    def patch_features(self, context: MethodContext, settings: CliperSettings) -> Tensor:
+        features, weights = self.stream_features(context, settings)
+        context.scratch["streams"] = features[:, :, 1:]  # (S, B, N, D)
+        context.scratch["propagation"] = weights[:, :, 1:, 1:].float().mean(dim=1)  # (B, N, N)
+        return features[-1, :, 1:]
+
+    def stream_probabilities(self, context: MethodContext, settings: CliperSettings) -> Tensor:
+        """Softmax over words per stream, (S, B, Q, N), for all words but the mean row."""
+        words = F.normalize(context.class_embeddings.float(), dim=-1)  # (Q, D)
+        rows = words
+        if settings.mean_row:
+            keep = [row for row in range(len(words)) if row not in context.background_queries] or range(len(words))
+            rows = torch.cat([words, F.normalize(words[list(keep)].mean(dim=0, keepdim=True), dim=-1)])
+        streams = F.normalize(context.scratch["streams"].float(), dim=-1)
+        scale = context.logit_scale if settings.logit_scale is None else settings.logit_scale
+        return (scale * streams @ rows.T).softmax(dim=-1)[..., : len(words)].transpose(-2, -1)
+
+    def score_map(self, context: MethodContext, settings: CliperSettings, patch_features: Tensor) -> ScoreMap:
+        """CLIPer's map: propagated selected stream plus the mean over streams; values 0 to about 2, (B, Q, h, w)."""
+        probabilities = self.stream_probabilities(context, settings).clone()
+        selected = probabilities[settings.select_stream]  # (B, Q, N), a view: the cut also enters the mean
+        cut = settings.attention_threshold * selected.amax(dim=-1, keepdim=True)
+        selected.masked_fill_(selected < cut, 0)
+        scores = selected @ context.scratch["propagation"]
+        if settings.fuse_streams:
+            scores = scores + probabilities.mean(dim=0)
+        return ScoreMap(scores.unflatten(-1, context.trunk.grid), "none", 0.5)
