@@ -202,7 +202,8 @@ def _array_to_pil(array: np.ndarray, kind: str, channels_first: bool) -> Image.I
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in channels):
         hint = "; give a list of images instead of a batch" if array.ndim == 4 else ""
         raise UnreadableImage(
-            f"an image {kind} must have the shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, got {shape}{hint}"
+            f"an image {kind} must have the shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, "
+            f"got {shape}{hint}"
         )
     _require_pixels((array.shape[1], array.shape[0]), f"{kind} of shape {shape}")
     if array.ndim == 3 and array.shape[2] == 1:

@@ -15,7 +15,7 @@ from typing import Any
 
 # The 80 templates of "prompt engineering and ensembling" for ImageNet (Radford et al., 2021, "Learning Transferable
 # Visual Models From Natural Language Supervision", section 3.1.4), as OpenAI published them for zero-shot CLIP. SCLIP,
-# ClearCLIP, NACLIP, ResCLIP and CLIPer (there called "openai") read the same list. The wording is data: "a origami" stays.
+# ClearCLIP, NACLIP, ResCLIP and CLIPer (there called "openai") read the same list. The wording is theirs.
 IMAGENET_TEMPLATES: tuple[str, ...] = (
     "a bad photo of a {}.",
     "a photo of many {}.",
@@ -253,7 +253,7 @@ def format_labels(labels: Sequence[Label]) -> str:
     """Write labels as the string that `parse_labels` reads back to the same labels.
 
     Raises:
-        ValueError: If a name or word holds `,`, `=` or `|`, or a name ends in `:`: the string form has no way to say so.
+        ValueError: If a name or word holds `,`, `=` or `|`, or a name ends in `:`; the string form cannot say so.
     """
     parts = []
     for label in labels:
@@ -275,7 +275,7 @@ def format_labels(labels: Sequence[Label]) -> str:
 
 @dataclass(frozen=True)
 class Background:
-    """How "none of the labels" is decided. The empty policy (`Background()`) means: it is not, every pixel gets a label.
+    """How "none of the labels" is decided. `Background()` is the empty policy: every pixel gets a label.
 
     Attributes:
         threshold: A pixel whose best class has a probability below this value becomes background. Depends on the number
