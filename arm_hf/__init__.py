@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from .label_sets import list_label_sets, load_label_set
     from .modeling.configuration_arm import ARMConfig
     from .modeling.dense_clip import DenseCLIP
-    from .modeling.method import MethodSettings, get_method, list_methods, register_method
+    from .modeling.method import Method, MethodSettings, get_method, list_methods, register_method, setting
     from .modeling.modeling_arm import ARMModel, ARMOutput
-    from .modeling.pipeline_arm import OpenVocabSegmentationPipeline, SclipPipeline
+    from .modeling.pipeline_arm import CliperPipeline, OpenVocabSegmentationPipeline, SclipPipeline
     from .modeling.prompts import Background, Label, parse_labels
 
 _HOMES = {
     "label_sets": ("list_label_sets", "load_label_set"),
     "modeling.configuration_arm": ("ARMConfig",),
     "modeling.dense_clip": ("DenseCLIP",),
-    "modeling.method": ("MethodSettings", "get_method", "list_methods", "register_method"),
+    "modeling.method": ("Method", "MethodSettings", "get_method", "list_methods", "register_method", "setting"),
     "modeling.modeling_arm": ("ARMModel", "ARMOutput"),
-    "modeling.pipeline_arm": ("OpenVocabSegmentationPipeline", "SclipPipeline"),
+    "modeling.pipeline_arm": ("CliperPipeline", "OpenVocabSegmentationPipeline", "SclipPipeline"),
     "modeling.prompts": ("Background", "Label", "parse_labels"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -49,9 +49,11 @@ __all__ = [
     "ARMModel",
     "ARMOutput",
     "Background",
+    "CliperPipeline",
     "DEFAULT_MODEL",
     "DenseCLIP",
     "Label",
+    "Method",
     "MethodSettings",
     "OpenVocabSegmentationPipeline",
     "SclipPipeline",
@@ -63,6 +65,7 @@ __all__ = [
     "parse_labels",
     "register_method",
     "resolve_model",
+    "setting",
 ]
 
 

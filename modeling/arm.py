@@ -22,7 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention import attention_map, merge_heads, split_heads
 
 
-def _eager_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: Any):
+def _eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: Any
+):
     weights = attention_map(query, key, scaling)
     return (weights @ value).transpose(1, 2), weights
 

@@ -125,7 +125,9 @@ class DenseCLIP:
         """A method's patch features from a trunk pass that kept what the method requests."""
         if method.needs_class_embeddings and class_embeddings is None:
             raise ValueError(f"method {method.name!r} needs class_embeddings: its features depend on the words")
-        context = MethodContext(self.tower, trunk, class_embeddings, tuple(background_queries), outside or {}, self.logit_scale)
+        context = MethodContext(
+            self.tower, trunk, class_embeddings, tuple(background_queries), outside or {}, self.logit_scale
+        )
         patch_features = method.patch_features(context, settings)
         if patch_features.ndim == 3:
             patch_features = patch_features.unflatten(1, trunk.grid)
@@ -233,7 +235,10 @@ def segment_images(
     crops = [(image, box) for image in pixel_values for box in boxes]  # views, image after image
     parts = []
     for start in range(0, len(crops), window_batch_size):
-        batch = [image[:, top:bottom, left:right] for image, (top, left, bottom, right) in crops[start : start + window_batch_size]]
+        batch = [
+            image[:, top:bottom, left:right]
+            for image, (top, left, bottom, right) in crops[start : start + window_batch_size]
+        ]
         parts.append(maps_of(torch.stack(batch)))
     maps = QueryMaps.cat(parts)
     decisions = []

@@ -34,7 +34,9 @@ class CliperSettings(MethodSettings):
     attention_threshold: float = setting(
         0.1, "share of a class's maximum below which the propagated map is cut to zero; 0.1 to 0.35 in the configs"
     )
-    select_stream: int = setting(-1, "stream whose map is propagated, counted from the end: -1, or -2 for some L/14 sets")
+    select_stream: int = setting(
+        -1, "stream whose map is propagated, counted from the end: -1, or -2 for some L/14 sets"
+    )
     fuse_streams: bool = setting(True, "average the probabilities of all streams; False keeps the selected one alone")
     mean_row: bool = setting(True, "add the mean of the foreground words to the softmax, as the code does")
 

@@ -125,7 +125,9 @@ class Method:
         allowed = [f.name for f in dataclasses.fields(self.settings_class)]
         unknown = [key for key in options if key not in allowed]
         if unknown:
-            raise TypeError(f"method {self.name!r} has no setting {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+            raise TypeError(
+                f"method {self.name!r} has no setting {', '.join(unknown)}; allowed are {', '.join(allowed)}"
+            )
         return self.settings_class(**options)
 
 

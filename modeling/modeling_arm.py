@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput, cached_file
 
 from .arm import AttentionRefinementModule, ChannelNorm, fuse, refinement_map
@@ -100,7 +101,9 @@ class ARMModel(PreTrainedModel):
     # -- construction -------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_clip(cls, clip: str | os.PathLike | CLIPModel, *, revision: str | None = None, **options: Any) -> "ARMModel":
+    def from_clip(
+        cls, clip: str | os.PathLike | CLIPModel, *, revision: str | None = None, **options: Any
+    ) -> "ARMModel":
         """A new, untrained ARM on a loaded CLIP.
 
         Args:
@@ -119,7 +122,9 @@ class ARMModel(PreTrainedModel):
             options.setdefault("clip_name_or_path", str(clip))
             options.setdefault("clip_revision", revision)
             clip = CLIPModel.from_pretrained(clip, revision=revision or "main", **loading)
-        config = ARMConfig(clip_config=copy.deepcopy(clip.config), **options)
+        clip_config = copy.deepcopy(clip.config)
+        clip_config.name_or_path = ""  # a folder of this machine has no place in a checkpoint
+        config = ARMConfig(clip_config=clip_config, **options)
         config._attn_implementation = clip.config._attn_implementation
         return cls(config, clip=clip).to(clip.dtype)
 
@@ -145,7 +150,10 @@ class ARMModel(PreTrainedModel):
             path = cached_file(pretrained_model_name_or_path, PACKED_WEIGHTS_NAME, **hub)
             source, kwargs["state_dict"] = None, load_int8(path)
         elif config.checkpoint_contents == "head":
-            source, kwargs["state_dict"] = None, cls._merge_with_tower(pretrained_model_name_or_path, config, hub, kwargs)
+            source, kwargs["state_dict"] = (
+                None,
+                cls._merge_with_tower(pretrained_model_name_or_path, config, hub, kwargs),
+            )
         else:
             source = pretrained_model_name_or_path
         if source is None:
@@ -164,7 +172,9 @@ class ARMModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     @classmethod
-    def _merge_with_tower(cls, source: Any, config: ARMConfig, hub: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict:
+    def _merge_with_tower(
+        cls, source: Any, config: ARMConfig, hub: Mapping[str, Any], kwargs: Mapping[str, Any]
+    ) -> dict:
         """State dict of a lean checkpoint: its own `arm.*` and the towers of the CLIP that it names."""
         from safetensors.torch import load_file
 
@@ -221,6 +231,8 @@ class ARMModel(PreTrainedModel):
                 os.makedirs(save_directory, exist_ok=True)
                 save_int8(state, os.path.join(save_directory, PACKED_WEIGHTS_NAME))
                 self.config.architectures = [type(self).__name__]
+                if self._auto_class is not None:
+                    custom_object_save(self, save_directory, config=self.config)
                 self.config.save_pretrained(save_directory)
         finally:
             self.config.checkpoint_contents, self.config.weight_packing = before
@@ -301,9 +313,7 @@ class ARMModel(PreTrainedModel):
                 gradient_checkpointing=self.training and self.is_activation_checkpointing,
             )
 
-    def coarse_map(
-        self, features: DenseFeatures, class_embeddings: Tensor, logit_scale: float | None = None
-    ) -> Tensor:
+    def coarse_map(self, features: DenseFeatures, class_embeddings: Tensor, logit_scale: float | None = None) -> Tensor:
         """M_c on the patch grid, (B, Q, h, w): Eq. 1, or the scaled cosines with `coarse_form="logits"`.
 
         tau is `logit_scale`, else `config.coarse_scale`, else CLIP's temperature; it is not the host's factor. A host

@@ -1,5 +1,6 @@
 """The `open-vocab-segmentation` pipeline: images and words in, masks or a label map out."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import Pipeline
+from transformers.dynamic_module_utils import custom_object_save
 
 from .decision import window_boxes
 from .dense_clip import DenseCLIP
@@ -14,6 +16,8 @@ from .images import load_image
 from .method import get_method
 from .prompts import Vocabulary, resolve_templates
 from .text import TextEncoder
+
+TASK = "open-vocab-segmentation"
 
 # The literature's protocol for ViT-B/16 and L/14: shorter side 336, longer side at most 2048.
 DEFAULT_SHORT_SIDE = 336
@@ -140,6 +144,50 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 Vocabulary.build(labels, self._background(kwargs.get("background")))
         groups = (PREPROCESS_ARGUMENTS, FORWARD_ARGUMENTS, POSTPROCESS_ARGUMENTS)
         return tuple({key: kwargs[key] for key in group if kwargs.get(key) is not None} for group in groups)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        remote_code: bool | None = None,
+        **model_options: Any,
+    ) -> None:
+        """Save model, tokenizer and image processor to a folder that `pipeline(...)` loads.
+
+        Args:
+            save_directory: Folder, made if missing.
+            remote_code: Put the code beside the weights, so that the folder also works where this package is not
+                installed, with `trust_remote_code=True`. Default: for ARM models yes; a plain CLIP needs none.
+            model_options: Arguments of the model's `save_pretrained`: `self_contained`, `weight_packing`, ...
+
+        Raises:
+            RuntimeError: Code was asked for, but this pipeline itself came from remote code, which is incomplete.
+        """
+        remote_code = self._has_arm if remote_code is None else remote_code
+        if remote_code and type(self).__module__.startswith("transformers_modules"):
+            raise RuntimeError(
+                "this pipeline runs from code beside a checkpoint; to save it with its code install arm_hf and load it "
+                "without trust_remote_code, or pass remote_code=False"
+            )
+        os.makedirs(save_directory, exist_ok=True)
+        classes = (type(self.model), type(self.model.config))
+        config, before = self.model.config, [cls._auto_class for cls in classes]
+        try:
+            if remote_code:
+                for cls, name in zip(classes, ("AutoModel", "AutoConfig"), strict=True):
+                    cls._auto_class = name
+                impl = f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"
+                config.custom_pipelines = {TASK: {"impl": impl, "pt": ["AutoModel"], "type": "multimodal"}}
+                custom_object_save(self, save_directory)
+            self.model.save_pretrained(save_directory, **model_options)
+        finally:
+            for cls, auto_class in zip(classes, before, strict=True):
+                cls._auto_class = auto_class
+            for name in ("custom_pipelines", "auto_map"):
+                if remote_code and hasattr(config, name):
+                    delattr(config, name)
+        self.tokenizer.save_pretrained(save_directory)
+        self.image_processor.save_pretrained(save_directory)
 
     @property
     def _preprocess_params_or_empty(self) -> dict:

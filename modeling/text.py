@@ -100,7 +100,11 @@ class TextEncoder:
     def _encode(self, words: list[str], templates: tuple[str, ...]) -> Tensor:
         prompts = [template.replace("{}", word) for word in words for template in templates]
         lengths = [len(ids) for ids in self.tokenizer(prompts)["input_ids"]]
-        too_long = [word for i, word in enumerate(words) if max(lengths[i * len(templates) :][: len(templates)]) > self.max_tokens]
+        too_long = [
+            word
+            for i, word in enumerate(words)
+            if max(lengths[i * len(templates) :][: len(templates)]) > self.max_tokens
+        ]
         if too_long:
             warnings.warn(
                 f"{len(too_long)} label(s) are longer than this text tower's {self.max_tokens} tokens and are cut, "

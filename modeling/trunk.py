@@ -78,9 +78,7 @@ class Padding:
     def crop(self, maps: Tensor) -> Tensor:
         """Cut the padding off maps that have the padded image's size, (..., H, W)."""
         height, width = maps.shape[-2:]
-        return maps[
-            ..., self.top : height - max(self.bottom, 0), self.left : width - max(self.right, 0)
-        ]
+        return maps[..., self.top : height - max(self.bottom, 0), self.left : width - max(self.right, 0)]
 
 
 @dataclass
