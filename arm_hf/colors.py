@@ -15,6 +15,25 @@ Color = tuple[int, int, int]
 
 BACKGROUND_COLOR: Color = (58, 62, 68)
 
+# What people expect of these words; every other word gets a colour from its hash.
+_EXPECTED: dict[str, Color] = {
+    "sky": (120, 190, 255),
+    "cloud": (200, 215, 235),
+    "water": (40, 120, 220),
+    "sea": (30, 95, 190),
+    "river": (60, 140, 235),
+    "grass": (110, 200, 70),
+    "tree": (30, 135, 60),
+    "plant": (70, 165, 95),
+    "vegetation": (40, 140, 70),
+    "mountain": (150, 115, 90),
+    "sand": (235, 205, 140),
+    "snow": (225, 240, 250),
+    "road": (150, 120, 175),
+    "building": (215, 120, 70),
+    "person": (235, 70, 90),
+}
+
 
 def label_color(name: str) -> Color:
     """Return the colour a label prefers: the same in every process, picture and vocabulary."""
@@ -26,7 +45,7 @@ def label_color(name: str) -> Color:
 def palette(id2label: Mapping[int, str]) -> dict[int, Color]:
     """Return a colour for each class, easy to tell apart as far as their number allows.
 
-    A class gets the colour its name prefers (`label_color`) unless an earlier class has one that looks too much like
+    A class gets the colour its name prefers (`label_color`) unless a class before it has one that looks too much like
     it; then the name's next choice. A word keeps its colour from picture to picture, and mostly between vocabularies.
     """
     return dict(zip(id2label, _palette(tuple(id2label.values())), strict=True))
@@ -34,35 +53,39 @@ def palette(id2label: Mapping[int, str]) -> dict[int, Color]:
 
 @lru_cache(maxsize=32)
 def _palette(names: tuple[str, ...]) -> tuple[Color, ...]:
-    """Give each name, in order, the first of its candidates that keeps its distance from the colours given so far."""
-    chosen = np.zeros((len(names), 3))  # OKLab
-    result: list[Color] = []
+    """Give each name the first of its candidates that keeps its distance from the colours given before.
+
+    Words with an expected colour come first, then the others in order.
+    """
+    chosen = np.zeros((len(names) + 1, 3))  # OKLab
+    chosen[0] = _BACKGROUND_LAB
     # As many colours as there are names share the gamut: what counts as "too alike" shrinks with their number.
     distance = 0.19 / max(1.0, len(names) / 8) ** 0.4
     tries = max(6, min(48, 16000 // max(1, len(names))))
-    for index, name in enumerate(names):
-        if name.casefold() == BACKGROUND_NAME:
-            chosen[index] = _BACKGROUND_LAB
-            result.append(BACKGROUND_COLOR)
+    order = sorted(range(len(names)), key=lambda index: names[index].casefold() not in _EXPECTED)
+    for done, index in enumerate(order, start=1):
+        if names[index].casefold() == BACKGROUND_NAME:
+            chosen[done] = _BACKGROUND_LAB
             continue
-        candidates = _candidates(name, tries)  # (T, 3)
-        others = np.concatenate([chosen[:index], _BACKGROUND_LAB[None]])
-        nearest = np.linalg.norm(candidates[:, None] - others[None], axis=-1).min(axis=1)  # (T,)
+        candidates = _candidates(names[index], tries)  # (T, 3)
+        nearest = np.linalg.norm(candidates[:, None] - chosen[None, :done], axis=-1).min(axis=1)  # (T,)
         far = np.flatnonzero(nearest >= distance)
-        pick = int(far[0]) if len(far) else int(nearest.argmax())
-        chosen[index] = candidates[pick]
-        result.append(_to_srgb(candidates[pick : pick + 1])[0])
-    return tuple(result)
+        chosen[done] = candidates[far[0] if len(far) else nearest.argmax()]
+    colors = _to_srgb(chosen[1:])
+    return tuple(colors[place] for place in np.argsort(order, kind="stable"))
 
 
 def _candidates(name: str, count: int) -> np.ndarray:
-    """Return OKLab colours drawn from a hash of the name, bright enough to glow over a photo, (count, 3)."""
+    """Return OKLab colours for a name, best first, (count, 3): from its hash, bright enough to glow over a photo."""
     digest = hashlib.shake_128(name.casefold().encode("utf-8")).digest(6 * count)
     uniform = np.frombuffer(digest, dtype="<u2").reshape(count, 3) / 65535.0
     lightness = 0.56 + 0.30 * uniform[:, 0]
     chroma = 0.11 + 0.10 * uniform[:, 1]
     hue = 2 * math.pi * uniform[:, 2]
     lab = np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
+    first = _EXPECTED.get(name.casefold())
+    if first is not None:
+        lab[0] = _from_srgb(np.array(first))
     # Back into what a screen can show, so that distances are those of the colours really drawn.
     return _from_srgb(np.array(_to_srgb(lab)))
 
