@@ -84,7 +84,7 @@ setup(
     package_dir=FOLDERS,
     packages=packages(),
     package_data={
-        "arm_hf": ["py.typed", "assets/**/*", "label_sets/*.json"],
+        "arm_hf": ["py.typed", "assets/**/*"],
         "arm_hf.training": ["configs/*.yaml"],
         "arm_hf.hub_cards": ["*.md", "templates/*", "results/*.json"],
     },

@@ -98,7 +98,7 @@ class _WatchingFinder(MetaPathFinder):
         if fullname.partition(".")[0] not in _WATCHED:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or not hasattr(spec.loader, "exec_module"):
+        if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
