@@ -6,8 +6,8 @@
     R_v = scale blocks(F''), (D, H', W')               transposed convolutions
     M_r = E_t R_v                                      Eq. 4
 
-The equations are the generic single-head form; here the blocks have projections, heads, pre-LayerNorm, a residual on the
-query path and a feed-forward layer, as a stack of "blocks" needs to be trainable.
+The equations are the generic single-head form; here the blocks have projections, heads, pre-LayerNorm, a residual on
+the query path and a feed-forward layer, as a stack of "blocks" needs to be trainable.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import attention_map, merge_heads, split_heads
+from .attention import attention_map, split_heads
 
 
 def _eager_attention(
@@ -72,8 +72,8 @@ class RefinementBlock(GradientCheckpointingLayer):
         self.attention_norm = nn.LayerNorm(width)
         self.attention = RefinementAttention(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.ffn_norm = nn.LayerNorm(width) if config.ffn_ratio else None
-        self.ffn = FeedForward(width, int(width * config.ffn_ratio)) if config.ffn_ratio else None
+        self.ffn_norm: Any = nn.LayerNorm(width) if config.ffn_ratio else None
+        self.ffn: Any = FeedForward(width, int(width * config.ffn_ratio)) if config.ffn_ratio else None
 
     def forward(self, states: Tensor, memory: Tensor | None = None) -> Tensor:
         """Refine `states` (B, N, D), looking at `memory` (B, M, D) or at themselves."""
@@ -102,8 +102,10 @@ class ScaleBlock(nn.Module):
         super().__init__()
         self.upsample = nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
         self.activation = nn.GELU()
-        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False) if kind == "eomt" else None
-        self.norm = ChannelNorm(width) if kind == "eomt" else None
+        self.depthwise: Any = (
+            nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False) if kind == "eomt" else None
+        )
+        self.norm: Any = ChannelNorm(width) if kind == "eomt" else None
 
     def forward(self, maps: Tensor) -> Tensor:
         maps = self.activation(self._double(maps))
@@ -112,11 +114,12 @@ class ScaleBlock(nn.Module):
         return maps
 
     def _double(self, maps: Tensor) -> Tensor:
+        assert self.upsample.bias is not None
         # A 2x2 stride-2 transposed convolution has no overlap: it is one matrix product per pixel, several times
         # faster on CPU than the generic kernel. Weight (D_in, D_out, 2, 2).
         if maps.device.type != "cpu":
             return self.upsample(maps)
-        batch, width, height, columns = maps.shape
+        batch, _width, height, columns = maps.shape
         weight = self.upsample.weight.flatten(1)  # (D, D*2*2)
         tiles = maps.flatten(2).transpose(1, 2) @ weight  # (B, h*w, D*4)
         tiles = tiles.view(batch, height, columns, -1, 2, 2) + self.upsample.bias[:, None, None]
@@ -130,7 +133,7 @@ class IntermediateFusion(nn.Module):
         super().__init__()
         width = len(config.fusion_layers) * config.clip_config.vision_config.hidden_size
         self.norm = nn.LayerNorm(width) if config.input_norm else None
-        layers = [nn.Linear(width, config.hidden_size)]
+        layers: list[nn.Module] = [nn.Linear(width, config.hidden_size)]
         if config.mlp_layers == 2:
             layers += [nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)]
         self.mlp = nn.Sequential(*layers)

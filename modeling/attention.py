@@ -5,8 +5,10 @@ projections of a block (`q_proj`, `k_proj`, `v_proj`, `out_proj`) but not its fo
 is patched and two methods can run on one model in one process.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 # Tokens are ordered CLS first, then the h*w patches row by row: L = h*w + 1.
@@ -22,7 +24,7 @@ def merge_heads(states: Tensor) -> Tensor:
     return states.transpose(1, 2).flatten(2)
 
 
-def project_heads(block: nn.Module, hidden: Tensor, names: str) -> tuple[Tensor, ...]:
+def project_heads(block: Any, hidden: Tensor, names: str) -> tuple[Tensor, ...]:
     """Project the block's normalised input to the named roles.
 
     Args:
@@ -53,7 +55,7 @@ def attention_map(query: Tensor, key: Tensor, scale: float, bias: Tensor | None 
     return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 
 
-def run_block(block: nn.Module, hidden: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
+def run_block(block: Any, hidden: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
     """Run one unchanged CLIP block, with its attention map if asked.
 
     The map is computed explicitly for this block alone; without it the block's own (SDPA) attention runs.

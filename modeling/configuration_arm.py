@@ -1,7 +1,7 @@
 """Configuration of ARM on a frozen CLIP."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import CLIPConfig, PreTrainedConfig
 
@@ -77,9 +77,9 @@ class ARMConfig(PreTrainedConfig):
     """
 
     model_type = "arm"
-    sub_configs_defaults = {"clip_config": CLIPConfig}
+    sub_configs_defaults: ClassVar[dict] = {"clip_config": CLIPConfig}
 
-    clip_config: dict | CLIPConfig | None = None
+    clip_config: Any = None  # CLIPConfig after __post_init__
     clip_name_or_path: str | None = None
     clip_revision: str | None = None
     method: str = "clearclip"

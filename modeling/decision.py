@@ -6,6 +6,7 @@ processed in chunks, with a running maximum and a running log-sum-exp.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ class QueryMaps:
     """
 
     coarse: Tensor
-    refinement_features: Tensor | None
-    class_embeddings: Tensor | None
+    refinement_features: Any
+    class_embeddings: Any
     activation: str
     scale: float
     padding: Padding
@@ -101,7 +102,7 @@ def window_boxes(size: tuple[int, int], window: int | None, stride: int | None) 
         if stride is not None:
             raise ValueError(f"stride={stride} has no effect without window; give both or neither")
         return [(0, 0, height, width)]
-    stride = window // 2 if stride is None else stride
+    stride = max(1, window // 2) if stride is None else stride
     if window < 1:
         raise ValueError(f"window must be at least 1 pixel, got {window}")
     if not 1 <= stride <= window:
@@ -136,18 +137,18 @@ def upsample(maps: QueryMaps, boxes: Sequence[tuple[int, int, int, int]], size: 
         stop: One past the last query.
     """
     scores = maps.chunk(start, stop).float()
-    if scores.shape[-2:] != maps.padded_size:
-        scores = F.interpolate(scores, size=maps.padded_size, mode="bilinear", align_corners=False)
+    top, left, bottom, right = boxes[0]  # all boxes have one size
+    box_size = (bottom - top, right - left)
+    # The rule "drop" stretches the map over the pixels that were left out, in this same step.
+    target = box_size if min(maps.padding.bottom, maps.padding.right) < 0 else maps.padded_size
+    if scores.shape[-2:] != target:
+        scores = F.interpolate(scores, size=target, mode="bilinear", align_corners=False)
     scores = maps.padding.crop(scores)
     if len(boxes) == 1:
-        if scores.shape[-2:] != size:  # the rule "drop": the map is stretched over the left-out remainder
-            scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
         return scores[0]
     total = scores.new_zeros(scores.shape[1], *size)
     visits = scores.new_zeros(size)
-    for window, (top, left, bottom, right) in zip(scores, boxes):
-        if window.shape[-2:] != (bottom - top, right - left):
-            window = F.interpolate(window[None], size=(bottom - top, right - left), mode="bilinear")[0]
+    for window, (top, left, bottom, right) in zip(scores, boxes, strict=True):
         total[:, top:bottom, left:right] += window
         visits[top:bottom, left:right] += 1
     return total / visits
@@ -223,8 +224,8 @@ def decide(
         return values.sigmoid() if maps.activation == "sigmoid" else values * maps.scale
 
     confidence = activate(best)
-    class_scores = None if class_best is None else activate(class_best)
-    if threshold is not None:
+    class_scores = None if class_best is None else activate(class_best).nan_to_num(neginf=0.0)  # -inf: a wordless class
+    if threshold is not None and background_index is not None:
         unsure = (confidence < threshold) & (labels != background_index)
         if class_scores is not None:
             class_scores[background_index] = torch.where(unsure, 1 - confidence, class_scores[background_index])

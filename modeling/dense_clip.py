@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .decision import MAX_CHUNK_VALUES, Decision, QueryMaps, background_queries, decide, window_boxes
@@ -64,7 +64,7 @@ class DenseCLIP:
         odd_sizes: What happens to sizes that are no multiple of the patch: "pad" or "drop" (see `VisionTower.run`).
     """
 
-    def __init__(self, clip: nn.Module, odd_sizes: str = "pad"):
+    def __init__(self, clip: Any, odd_sizes: str = "pad"):
         self.clip = clip
         self.tower = VisionTower(clip)
         self.odd_sizes = odd_sizes

@@ -3,11 +3,12 @@
 CLIPer (Sun et al., "CLIPer: Hierarchically Improving Spatial Representation of CLIP for Open-Vocabulary Semantic
 Segmentation", ICCV 2025), section 3.2. The numbers follow the authors' code (c05fa41), which differs from Eq. 8 of the
 paper: attention maps are summed and normalised alternately over columns and rows, once more for every stream;
-streams are layer-normalised inputs of the blocks; probabilities, not cosines, are averaged; and a thresholded map of one
-stream is propagated along the attention and added.
+streams are layer-normalised inputs of the blocks; probabilities, not cosines, are averaged; and a thresholded map of
+one stream is propagated along the attention and added.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ class Cliper(Method):
         return torch.stack(features), weights
 
     @staticmethod
-    def _own_attention(attention: torch.nn.Module, normed: Tensor, value: Tensor, kind: str) -> Tensor:
+    def _own_attention(attention: Any, normed: Tensor, value: Tensor, kind: str) -> Tensor:
         def heads(name: str) -> Tensor:
             return split_heads(getattr(attention, f"{name}_proj")(normed), attention.num_heads)
 
@@ -120,6 +121,7 @@ class Cliper(Method):
 
     def stream_probabilities(self, context: MethodContext, settings: CliperSettings) -> Tensor:
         """Softmax over words per stream, (S, B, Q, N), for all words but the mean row."""
+        assert context.class_embeddings is not None  # score_map is only called with words
         words = F.normalize(context.class_embeddings.float(), dim=-1)  # (Q, D)
         rows = words
         if settings.mean_row:

@@ -175,7 +175,7 @@ def register_method(
         raise ValueError(f"method name {name!r} must consist of letters, digits and underscores")
 
     def decorate(target: Any) -> Any:
-        method = target() if isinstance(target, type) else _FunctionMethod(target, request)
+        method: Any = target() if isinstance(target, type) else _FunctionMethod(target, request)
         given = {"name": name, "paper": paper, "reference": reference, "summary": summary, "cost": cost}
         for key, value in given.items():
             if value or not getattr(method, key):

@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class ARMModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _no_split_modules = ["CLIPEncoderLayer", "RefinementBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["CLIPEncoderLayer", "RefinementBlock"]
 
     def __init__(self, config: ARMConfig, clip: CLIPModel | None = None):
         super().__init__(config)
@@ -129,7 +129,7 @@ class ARMModel(PreTrainedModel):
         return cls(config, clip=clip).to(clip.dtype)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> "ARMModel":
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint: lean (ARM here, CLIP from `config.clip_name_or_path`), self-contained, or packed as int8.
 
         All arguments of `PreTrainedModel.from_pretrained` are understood. Weights are read from safetensors only.
@@ -369,7 +369,7 @@ class ARMModel(PreTrainedModel):
         self._require_tower()
         if (input_ids is None) == (class_embeddings is None):
             raise ValueError("give either input_ids or class_embeddings")
-        if class_embeddings is None:
+        if class_embeddings is None and input_ids is not None:
             class_embeddings = self.encode_text(input_ids, attention_mask)
         class_embeddings = self._check_embeddings(class_embeddings)
 
@@ -407,7 +407,7 @@ class ARMModel(PreTrainedModel):
             return padding.crop(maps)
         return maps
 
-    def _check_embeddings(self, class_embeddings: Tensor) -> Tensor:
+    def _check_embeddings(self, class_embeddings: Any) -> Tensor:
         if class_embeddings.ndim != 2 or class_embeddings.shape[1] != self.config.hidden_size:
             raise ValueError(
                 f"class_embeddings must be (Q, {self.config.hidden_size}), got {tuple(class_embeddings.shape)}"
@@ -497,7 +497,8 @@ def _mark_tower_loaded(model: ARMModel, incompatible: Any) -> None:
 
 def _check_tower(clip: CLIPModel, config: ARMConfig) -> None:
     """Raise ValueError when a CLIP has other widths than the config was made for."""
-    ours, theirs = config.clip_config, clip.config
+    ours: Any = config.clip_config
+    theirs: Any = clip.config
     pairs = {
         "projection_dim": (ours.projection_dim, theirs.projection_dim),
         "vision width": (ours.vision_config.hidden_size, theirs.vision_config.hidden_size),

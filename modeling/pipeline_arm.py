@@ -143,7 +143,10 @@ class OpenVocabSegmentationPipeline(Pipeline):
             if labels is not None:
                 Vocabulary.build(labels, self._background(kwargs.get("background")))
         groups = (PREPROCESS_ARGUMENTS, FORWARD_ARGUMENTS, POSTPROCESS_ARGUMENTS)
-        return tuple({key: kwargs[key] for key in group if kwargs.get(key) is not None} for group in groups)
+        preprocess, forward, postprocess = (
+            {key: kwargs[key] for key in group if kwargs.get(key) is not None} for group in groups
+        )
+        return preprocess, forward, postprocess
 
     def save_pretrained(
         self,
@@ -198,9 +201,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
         return hasattr(self.model, "arm")
 
     def _method_name(self, method: str | None) -> str:
-        if method is not None or self.default_method is not None:
-            return method or self.default_method
-        return self.model.config.method if self._has_arm else "clearclip"
+        method = method or self.default_method
+        return method or (self.model.config.method if self._has_arm else "clearclip")
 
     def _background(self, background: Any) -> Any:
         return getattr(self.model.config, "background", None) if background is None else background
@@ -259,20 +261,17 @@ class OpenVocabSegmentationPipeline(Pipeline):
         class_scores: bool = False,
     ) -> dict[str, list]:
         pixels, sizes, vocabularies = (_flat(inputs[key]) for key in ("pixels", "original_size", "vocabulary"))
-        templates = templates or getattr(self.model.config, "templates", "imagenet80")
-        use_arm = self.default_use_arm if use_arm is None else use_arm
-        use_arm = self._has_arm if use_arm is None else use_arm and self._has_arm
+        templates = templates or getattr(self.model.config, "templates", None) or "imagenet80"
+        options: dict[str, Any] = {"method": self._method_name(method)}
+        model: Any = self.model if self._has_arm else DenseCLIP(self.model)
         if self._has_arm:
-            model, options = self.model, {"use_arm": use_arm}
+            wanted = self.default_use_arm if use_arm is None else use_arm
+            options["use_arm"] = wanted is not False
             if method is None and self.default_method is None:
                 options["method"] = None  # the config's method with the config's settings
-            else:
-                options["method"] = self._method_name(method)
-        else:
-            model, options = DenseCLIP(self.model), {"method": self._method_name(method)}
 
         groups: dict[tuple, list[int]] = {}
-        for index, (image, vocabulary) in enumerate(zip(pixels, vocabularies)):
+        for index, (image, vocabulary) in enumerate(zip(pixels, vocabularies, strict=True)):
             groups.setdefault((tuple(image.shape), vocabulary), []).append(index)
         decisions: list[Any] = [None] * len(pixels)
         for (_, vocabulary), members in groups.items():
@@ -292,7 +291,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 background_index=vocabulary.background_index,
                 return_class_scores=class_scores,
             )
-            for index, decision in zip(members, results):
+            for index, decision in zip(members, results, strict=True):
                 decisions[index] = decision
         return {"decision": [vars(d) for d in decisions], "vocabulary": list(vocabularies)}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .prompts import resolve_templates
@@ -23,7 +23,7 @@ def ensemble(prompt_embeddings: Tensor) -> Tensor:
     return F.normalize(F.normalize(prompt_embeddings, dim=-1).mean(dim=-2), dim=-1)
 
 
-def encode_prompts(clip: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def encode_prompts(clip: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Class embeddings from token ids.
 
     Args:
@@ -58,7 +58,7 @@ class TextEncoder:
         batch_size: Prompts per text-tower call.
     """
 
-    def __init__(self, clip: nn.Module, tokenizer: Any, batch_size: int = 256):
+    def __init__(self, clip: Any, tokenizer: Any, batch_size: int = 256):
         self.clip, self.tokenizer, self.batch_size = clip, tokenizer, batch_size
         self._cache: OrderedDict[tuple, Tensor] = OrderedDict()
 
@@ -86,11 +86,11 @@ class TextEncoder:
         parameter = next(self.clip.text_model.parameters())
         digest = hashlib.sha256("\0".join(templates).encode()).hexdigest()
         keys = [(word, digest, str(parameter.device), parameter.dtype) for word in words]
-        missing = {key: word for key, word in zip(keys, words) if key not in self._cache}
-        fresh = dict(zip(missing, self._encode(list(missing.values()), templates))) if missing else {}
+        missing = {key: word for key, word in zip(keys, words, strict=True) if key not in self._cache}
+        fresh = dict(zip(missing, self._encode(list(missing.values()), templates), strict=True)) if missing else {}
         result = torch.stack([fresh[key] if key in fresh else self._cache[key] for key in keys])
-        for key in dict.fromkeys(keys):
-            self._cache[key] = fresh.get(key, self._cache.get(key))
+        self._cache.update(fresh)
+        for key in keys:
             self._cache.move_to_end(key)
         while len(self._cache) > MAX_CACHED_WORDS:
             self._cache.popitem(last=False)

@@ -6,9 +6,10 @@ here, and `Padding.crop` takes the border off again.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -61,7 +62,7 @@ class Padding:
 
     @classmethod
     def to_multiple(cls, height: int, width: int, patch_size: int, rule: str = "pad") -> "Padding":
-        """Padding of a height x width image to multiples of `patch_size`, split evenly, the odd pixel bottom / right."""
+        """Padding of a height x width image to multiples of `patch_size`, split evenly, an odd one bottom right."""
         if rule not in ODD_SIZE_RULES:
             raise ValueError(f"odd_sizes must be one of {ODD_SIZE_RULES}, got {rule!r}")
         if rule == "drop" and min(height, width) >= patch_size:
@@ -113,15 +114,15 @@ class VisionTower:
     It owns no weights and changes none: it is a view, cheap to make.
     """
 
-    def __init__(self, clip: nn.Module):
-        vision = getattr(clip, "vision_model", None)
+    def __init__(self, clip: Any):
+        vision: Any = getattr(clip, "vision_model", None)
         if vision is None or not hasattr(clip, "visual_projection"):
             raise TypeError(
                 f"expected a transformers CLIPModel or CLIPVisionModelWithProjection, got {type(clip).__name__}"
             )
         self.embeddings = vision.embeddings
         self.pre_norm = vision.pre_layrnorm
-        self.blocks: Sequence[nn.Module] = vision.encoder.layers
+        self.blocks: Sequence[Any] = vision.encoder.layers
         self.post_norm = vision.post_layernorm
         self.projection = clip.visual_projection
 
@@ -131,7 +132,7 @@ class VisionTower:
         return len(self.blocks)
 
     @property
-    def last_block(self) -> nn.Module:
+    def last_block(self) -> Any:
         """The block that the dense methods change."""
         return self.blocks[-1]
 
@@ -210,7 +211,7 @@ class VisionTower:
         check_layers("hidden state", request.hidden_states, last)
         check_layers("attention map of block", request.attention_maps, last - 1)
 
-        padding = Padding.to_multiple(*pixel_values.shape[-2:], self.patch_size, odd_sizes)
+        padding = Padding.to_multiple(pixel_values.shape[-2], pixel_values.shape[-1], self.patch_size, odd_sizes)
         pixel_values = padding.apply(pixel_values)
         hidden, grid = self.embed(pixel_values, request.position_rule)
         output = TrunkOutput(hidden, grid, padding, pixel_values)
