@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from arm_hf.modeling import dense_clip, method as method_module
+from arm_hf.modeling import dense_clip
+from arm_hf.modeling import method as method_module
 from arm_hf.modeling.dense_clip import DenseCLIP
 from arm_hf.modeling.method import (
     Method,
@@ -55,8 +56,8 @@ class TestEveryMethod:
         assert torch.isfinite(maps.coarse).all()
         decisions = dense.segment(pixels, words, method=name)
         assert [tuple(decision.labels.shape) for decision in decisions] == [(64, 96)] * 2
-        assert all(0 <= decision.labels.min() and decision.labels.max() < 5 for decision in decisions)
-        assert all(0 <= decision.confidence.min() and decision.confidence.max() <= 1.001 for decision in decisions)
+        assert all(decision.labels.min() >= 0 and decision.labels.max() < 5 for decision in decisions)
+        assert all(decision.confidence.min() >= 0 and decision.confidence.max() <= 1.001 for decision in decisions)
 
     def test_batch_equals_single(self, dense, pixels, words, name):
         together = scores(dense, name, pixels, words)
