@@ -74,6 +74,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    if _HOME_OF[name] == "modeling.method":
+        import_module(".modeling.dense_clip", __name__)  # fills the registry with the methods of the package
     globals()[name] = value
     return value
 

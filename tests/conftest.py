@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import copy
 import subprocess
 import sys
 import tempfile
@@ -65,10 +66,11 @@ def tiny_clip_config() -> CLIPConfig:
     )
 
 
-def _seeded_clip(config: CLIPConfig) -> CLIPModel:
+@pytest.fixture(scope="session")
+def _tiny_clip_template(tiny_clip_config: CLIPConfig) -> CLIPModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = CLIPModel(config).eval()
+        model = CLIPModel(tiny_clip_config).eval()
         # The default initialisation gives nearly equal tokens; wider weights make attention and methods differ.
         with torch.no_grad():
             for name, weight in model.named_parameters():
@@ -80,9 +82,9 @@ def _seeded_clip(config: CLIPConfig) -> CLIPModel:
 
 
 @pytest.fixture
-def tiny_clip(tiny_clip_config: CLIPConfig) -> CLIPModel:
+def tiny_clip(_tiny_clip_template: CLIPModel) -> CLIPModel:
     """A random CLIPModel, the same in every test and every run; each test gets its own copy."""
-    return _seeded_clip(tiny_clip_config)
+    return copy.deepcopy(_tiny_clip_template)
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,10 @@ def test_modules_keep_their_loaders(run_python: Callable[..., str]) -> None:
     assert run_python(code).strip() == "True"
 
 
+def test_methods_are_registered_without_any_model(run_python: Callable[..., str]) -> None:
+    assert "sclip" in run_python("from arm_hf import list_methods; print(list_methods())")
+
+
 def test_import_is_cheap(run_python: Callable[..., str]) -> None:
     """Less than 0.3 s on top of `import transformers`, and without torch."""
     code = """
