@@ -55,22 +55,28 @@ def attention_map(query: Tensor, key: Tensor, scale: float, bias: Tensor | None 
     return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 
 
-def run_block(block: Any, hidden: Tensor, return_map: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Run one unchanged CLIP block, with its attention map if asked.
+def run_block(
+    block: Any, hidden: Tensor, return_map: bool = False, return_heads: bool = False
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+    """Run one unchanged CLIP block, with its attention map and its q, k, v if asked.
 
-    The map is computed explicitly for this block alone; without it the block's own (SDPA) attention runs.
+    The map is computed explicitly for this block alone; without it the attention is fused (SDPA).
 
     Args:
         block: A CLIP encoder layer.
         hidden: Block input, (B, L, W).
         return_map: Whether the softmaxed map is needed.
+        return_heads: Whether the projections are needed.
 
     Returns:
-        Block output (B, L, W) and the map (B, heads, L, L) or None.
+        Block output (B, L, W); the map (B, heads, L, L) or None; q, k, v, each (B, heads, L, d), or None.
     """
-    if not return_map:
-        return block(hidden, attention_mask=None), None
+    if not (return_map or return_heads):
+        return block(hidden, attention_mask=None), None, None
     query, key, value = project_heads(block, hidden, "qkv")
-    weights = attention_map(query, key, block.self_attn.scale)
-    hidden = hidden + block.self_attn.out_proj(merge_heads(weights @ value))
-    return hidden + block.mlp(block.layer_norm2(hidden)), weights
+    scale = block.self_attn.scale
+    weights = attention_map(query, key, scale) if return_map else None
+    attended = attend(query, key, value, scale) if weights is None else weights @ value
+    hidden = hidden + block.self_attn.out_proj(merge_heads(attended))
+    hidden = hidden + block.mlp(block.layer_norm2(hidden))
+    return hidden, weights, (query, key, value) if return_heads else None

@@ -109,7 +109,7 @@ class DenseCLIP:
         method = get_method(method) if isinstance(method, str) else method
         settings = method.settings(method_options)
         request = method.request(settings, self.tower.num_blocks)
-        request = request.merge(TrunkRequest(tuple(hidden_states), (), request.position_rule))
+        request = request.merge(TrunkRequest(tuple(hidden_states), position_rule=request.position_rule))
         trunk = self.run_trunk(pixel_values, request, gradient_checkpointing=gradient_checkpointing)
         return self.apply(method, settings, trunk, class_embeddings, background_queries, outside)
 

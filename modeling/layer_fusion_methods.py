@@ -75,7 +75,9 @@ class Cliper(Method):
     """CLIPer's early-layer fusion. The patch features (F_d) are those of the last stream."""
 
     def request(self, settings: CliperSettings, num_blocks: int) -> TrunkRequest:
-        return TrunkRequest(tuple(range(num_blocks)), tuple(range(num_blocks - 1)), settings.position_rule)
+        return TrunkRequest(
+            tuple(range(num_blocks)), tuple(range(num_blocks - 1)), position_rule=settings.position_rule
+        )
 
     def streams(self, context: MethodContext) -> list[Tensor]:
         """Inputs of the last block, one per block: ln_1^i(F_i) for i < n-1, and the raw F_{n-1}, each (B, L, W)."""

@@ -44,7 +44,7 @@ class MethodSettings:
         None, "factor on the cosines before the softmax over queries; None takes CLIP's learned scale"
     )
     position_rule: str = setting(
-        "reference", 'resizing of the position table: "reference", "bilinear" or "transformers"'
+        "reference", 'resizing of the position table: "reference", "bilinear", "antialias" or "transformers"'
     )
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import run_block
 
-POSITION_RULES = ("reference", "bilinear", "transformers")
+POSITION_RULES = ("reference", "bilinear", "antialias", "transformers")
 ODD_SIZE_RULES = ("pad", "drop")
 
 
@@ -27,11 +27,13 @@ class TrunkRequest:
         hidden_states: Indices into the residual stream: 0 is the input of the first block (after the pre-norm),
             i the output of the i-th block (1-based), up to n-1, the input of the last block.
         attention_maps: 0-based indices of the blocks whose softmaxed maps are kept. Only these blocks compute one.
+        heads: 0-based indices of the blocks whose q, k, v are kept.
         position_rule: How the position table is resized to another grid, one of `POSITION_RULES`.
     """
 
     hidden_states: tuple[int, ...] = ()
     attention_maps: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
     position_rule: str = "reference"
 
     def merge(self, other: "TrunkRequest") -> "TrunkRequest":
@@ -43,6 +45,7 @@ class TrunkRequest:
         return TrunkRequest(
             tuple(sorted({*self.hidden_states, *other.hidden_states})),
             tuple(sorted({*self.attention_maps, *other.attention_maps})),
+            tuple(sorted({*self.heads, *other.heads})),
             self.position_rule,
         )
 
@@ -93,6 +96,7 @@ class TrunkOutput:
         pixel_values: The padded, normalised image, (B, 3, H, W).
         hidden_states: The requested states, index -> (B, L, W).
         attention_maps: The requested maps, block -> (B, heads, L, L).
+        heads: The requested projections, block -> (q, k, v), each (B, heads, L, d).
     """
 
     last_input: Tensor
@@ -101,6 +105,7 @@ class TrunkOutput:
     pixel_values: Tensor
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     attention_maps: dict[int, Tensor] = field(default_factory=dict)
+    heads: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def padded_size(self) -> tuple[int, int]:
@@ -152,8 +157,8 @@ class VisionTower:
             grid: Patches per column and row (h, w).
             rule: "reference" is what SCLIP, ClearCLIP, NACLIP and ResCLIP compute: the table as it is when the number
                 of patches equals the table's (also for a non-square grid), else bicubic with the scale factors
-                ((h + 0.1) / g, (w + 0.1) / g) used for the coordinates. "bilinear" is CLIPer's, resized to (h, w).
-                "transformers" is bicubic to (h, w).
+                ((h + 0.1) / g, (w + 0.1) / g) used for the coordinates. "bilinear" (CLIPer, CLIP Surgery), "antialias" (GEM,
+                bicubic with antialiasing) and "transformers" (bicubic) resize to size=(h, w).
 
         Raises:
             ValueError: The rule is unknown.
@@ -172,7 +177,8 @@ class VisionTower:
             patches = F.interpolate(patches.float(), scale_factor=factors, mode="bicubic", align_corners=False)
         else:
             mode = "bilinear" if rule == "bilinear" else "bicubic"
-            patches = F.interpolate(patches.float(), size=grid, mode=mode, align_corners=False)
+            antialias = rule == "antialias"
+            patches = F.interpolate(patches.float(), size=grid, mode=mode, align_corners=False, antialias=antialias)
         return torch.cat([table[:1], patches[0].flatten(1).T.to(table.dtype)])  # (1 + h*w, W)
 
     def embed(self, pixel_values: Tensor, position_rule: str = "reference") -> tuple[Tensor, tuple[int, int]]:
@@ -210,6 +216,7 @@ class VisionTower:
         last = self.num_blocks - 1
         check_layers("hidden state", request.hidden_states, last)
         check_layers("attention map of block", request.attention_maps, last - 1)
+        check_layers("projections of block", request.heads, last - 1)
 
         padding = Padding.to_multiple(pixel_values.shape[-2], pixel_values.shape[-1], self.patch_size, odd_sizes)
         pixel_values = padding.apply(pixel_values)
@@ -218,13 +225,15 @@ class VisionTower:
         for index in range(last):
             if index in request.hidden_states:
                 output.hidden_states[index] = hidden
-            block, want_map = self.blocks[index], index in request.attention_maps
+            wanted = self.blocks[index], hidden, index in request.attention_maps, index in request.heads
             if gradient_checkpointing and torch.is_grad_enabled():
-                hidden, weights = checkpoint(run_block, block, hidden, want_map, use_reentrant=False)
+                hidden, weights, heads = checkpoint(run_block, *wanted, use_reentrant=False)
             else:
-                hidden, weights = run_block(block, hidden, want_map)
+                hidden, weights, heads = run_block(*wanted)
             if weights is not None:
                 output.attention_maps[index] = weights
+            if heads is not None:
+                output.heads[index] = heads
         if last in request.hidden_states:
             output.hidden_states[last] = hidden
         output.last_input = hidden
