@@ -236,17 +236,31 @@ def _write(file: ImageFile, outputs: OutputFiles, image: Image.Image, result: di
         overlay(image, semantic_map, id2label).save(path, format="PNG")
     # Last, so that a legend says that the picture is done.
     with atomic_path(outputs.legend) as path:
-        path.write_text(json.dumps(legend, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(_readable_json(legend), encoding="utf-8")
     return Written(file, outputs, image.size, found, scores)
+
+
+def _readable_json(record: dict[str, Any]) -> str:
+    """Write a record with one line for each key, and one for each item of a list of records."""
+    lines = []
+    for key, value in record.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n" + ",\n".join(f"    {json.dumps(item, ensure_ascii=False)}" for item in value) + "\n  ]"
+        lines.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _run_record(pipe: Any, settings: RunSettings, model: str) -> dict[str, Any]:
     """Return what one must know to make the same label map again."""
     used = settings.call_arguments()
     del used["candidate_labels"], used["batch_size"]
-    has_arm = hasattr(pipe.model, "arm")
+    config, has_arm = pipe.model.config, hasattr(pipe.model, "arm")
     used["method"] = pipe._method_name(settings.method)
     used["use_arm"] = has_arm if settings.use_arm is None else settings.use_arm
+    for name in ("background", "templates"):
+        if used[name] is None:
+            used[name] = getattr(config, name, None)
     return {
         "model": model,
         "labels": [{"name": label.name, "words": list(label.words)} for label in settings.labels],
