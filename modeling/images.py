@@ -47,7 +47,7 @@ def load_image(source: Any, timeout: float | None = _DOWNLOAD_TIMEOUT) -> Image.
             image, or it would unpack to more pixels than is safe (Pillow's limit, about 179 million).
         TypeError: If the source is of another type.
     """
-    if isinstance(source, Image.Image | np.ndarray) or hasattr(source, "detach"):
+    if isinstance(source, Image.Image | np.ndarray) or _is_tensor(source):
         return to_rgb(source)
     if isinstance(source, str | os.PathLike):
         source = os.fspath(source)
@@ -88,7 +88,7 @@ def to_rgb(image: Any) -> Image.Image:
         except (OSError, SyntaxError, ValueError) as error:
             raise UnreadableImage(f"cannot read the PIL image given: {_one_line(error)}") from error
         return _pil_to_rgb(_upright(image))
-    if hasattr(image, "detach"):
+    if _is_tensor(image):
         tensor = image.detach().cpu()
         if tensor.dtype.is_floating_point:
             tensor = tensor.float()  # NumPy has no bfloat16
@@ -96,6 +96,10 @@ def to_rgb(image: Any) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _pil_to_rgb(_array_to_pil(image, "array", channels_first=False))
     raise TypeError(f"an image must be a PIL image, an array or a tensor, not {type(image).__name__}")
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "detach") and hasattr(value, "dtype")
 
 
 def _open_file(path: str) -> Image.Image:
@@ -119,8 +123,8 @@ def _decode(file: Any, name: str) -> Image.Image:
     formats = [name_ for name_ in IMAGE_FORMATS if name_ in Image.OPEN]
     try:
         with warnings.catch_warnings():
-            # Pillow warns from half the limit on; a camera of 100 megapixels is no reason to worry a user.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Pillow warns of 90 megapixels, of odd metadata and the like; where a picture comes out, all is well.
+            warnings.filterwarnings("ignore", module="PIL")
             with Image.open(file, formats=formats) as image:
                 _require_pixels(image.size, name)
                 image.load()
