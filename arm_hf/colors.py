@@ -60,7 +60,7 @@ def _palette(names: tuple[str, ...]) -> tuple[Color, ...]:
     chosen = np.zeros((len(names) + 1, 3))  # OKLab
     chosen[0] = _BACKGROUND_LAB
     # As many colours as there are names share the gamut: what counts as "too alike" shrinks with their number.
-    distance = 0.19 / max(1.0, len(names) / 8) ** 0.4
+    distance = 0.16 / max(1.0, len(names) / 8) ** 0.4
     tries = max(6, min(48, 16000 // max(1, len(names))))
     order = sorted(range(len(names)), key=lambda index: names[index].casefold() not in _EXPECTED)
     for done, index in enumerate(order, start=1):
@@ -79,8 +79,8 @@ def _candidates(name: str, count: int) -> np.ndarray:
     """Return OKLab colours for a name, best first, (count, 3): from its hash, bright enough to glow over a photo."""
     digest = hashlib.shake_128(name.casefold().encode("utf-8")).digest(6 * count)
     uniform = np.frombuffer(digest, dtype="<u2").reshape(count, 3) / 65535.0
-    lightness = 0.56 + 0.30 * uniform[:, 0]
-    chroma = 0.11 + 0.10 * uniform[:, 1]
+    lightness = 0.46 + 0.42 * uniform[:, 0]
+    chroma = 0.10 + 0.15 * uniform[:, 1]
     hue = 2 * math.pi * uniform[:, 2]
     lab = np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
     first = _EXPECTED.get(name.casefold())

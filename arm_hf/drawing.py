@@ -141,7 +141,8 @@ def _write_names(picture: Image.Image, semantic_map: np.ndarray, found: list[Seg
     draw = ImageDraw.Draw(picture)
     size = text_size(picture)
     step = max(1, math.ceil(max(semantic_map.shape) / 192))
-    coarse = semantic_map[step // 2 :: step, step // 2 :: step]
+    top, left = (min(step // 2, (side - 1) // 2) for side in semantic_map.shape)
+    coarse = semantic_map[top::step, left::step]
     scale = step * picture.width / semantic_map.shape[1]  # pixels of the picture per cell of the coarse map
     for segment in found[:MOST_ENTRIES]:
         depth = _depth(coarse == segment.id)
@@ -151,7 +152,7 @@ def _write_names(picture: Image.Image, semantic_map: np.ndarray, found: list[Seg
         text = drawable(segment.label, font)
         if room < 1.5 * size or room * 1.3 < font.getlength(text):
             continue
-        center = ((column + 0.5) * scale, (row + 0.5) * scale)
+        center = ((column * step + left + 0.5) * scale / step, (row * step + top + 0.5) * scale / step)
         edge = max(2, size // 9)
         draw.text(center, text, fill="white", font=font, anchor="mm", stroke_width=edge, stroke_fill=(20, 22, 26))
 
