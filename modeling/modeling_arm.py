@@ -2,11 +2,14 @@
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, PreTrainedModel
@@ -88,14 +91,18 @@ class ARMModel(PreTrainedModel):
 
     def __init__(self, config: ARMConfig, clip: CLIPModel | None = None):
         super().__init__(config)
-        self.clip = CLIPModel(config.clip_config) if clip is None else clip
+        if clip is None:
+            # CLIP's own config may name the type it was saved in; here one type holds for all parts.
+            clip = CLIPModel._from_config(config.clip_config, dtype=torch.get_default_dtype())
+            self._tower_loaded = False
+        else:
+            self._tower_loaded = True
+        self.clip = clip
         self.clip.requires_grad_(False)
         self.arm = AttentionRefinementModule(config)
-        self._tower_loaded = clip is not None
         self.register_load_state_dict_post_hook(_mark_tower_loaded)
         self.post_init()
-        if clip is not None:
-            _check_tower(clip, config)
+        _check_tower(clip, config)
         self.clip.eval()
 
     # -- construction -------------------------------------------------------------------------------------------
@@ -121,7 +128,7 @@ class ARMModel(PreTrainedModel):
         if not isinstance(clip, CLIPModel):
             options.setdefault("clip_name_or_path", str(clip))
             options.setdefault("clip_revision", revision)
-            clip = CLIPModel.from_pretrained(clip, revision=revision or "main", **loading)
+            clip = _load_clip(clip, revision, **loading)
         clip_config = copy.deepcopy(clip.config)
         clip_config.name_or_path = ""  # a folder of this machine has no place in a checkpoint
         config = ARMConfig(clip_config=clip_config, **options)
@@ -138,35 +145,31 @@ class ARMModel(PreTrainedModel):
             OSError: The checkpoint, or the CLIP that a lean checkpoint refers to, cannot be found.
             ValueError: The checkpoint lacks weights (nothing is ever left random), or shapes do not fit.
         """
-        if pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        config = kwargs.pop("config", None)
-        hub = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "revision") if kwargs.get(key) is not None}
-        if not isinstance(config, ARMConfig) and type(config).__name__ != "ARMConfig":
-            config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **hub)
+        source, config = pretrained_model_name_or_path, kwargs.pop("config", None)
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True
-        if config.weight_packing == "int8":
-            path = cached_file(pretrained_model_name_or_path, PACKED_WEIGHTS_NAME, **hub)
-            source, kwargs["state_dict"] = None, load_int8(path)
-        elif config.checkpoint_contents == "head":
-            source, kwargs["state_dict"] = (
-                None,
-                cls._merge_with_tower(pretrained_model_name_or_path, config, hub, kwargs),
+        with _damage_reported(source):
+            if source is not None and kwargs.get("state_dict") is None:
+                hub = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "revision") if kwargs.get(key) is not None}
+                if not isinstance(config, ARMConfig) and type(config).__name__ != "ARMConfig":
+                    fields = [key for key in kwargs if key in cls.config_class.__annotations__]
+                    overrides = {key: kwargs.pop(key) for key in fields}
+                    config = cls.config_class.from_pretrained(config or source, **hub, **overrides)
+                kwargs["use_safetensors"] = True
+                if config.weight_packing == "int8":
+                    kwargs["state_dict"] = load_int8(cached_file(source, PACKED_WEIGHTS_NAME, **hub))
+                elif config.checkpoint_contents == "head":
+                    kwargs["state_dict"] = cls._merge_with_tower(source, config, hub, kwargs)
+                if "state_dict" in kwargs:
+                    source = None
+                    for key in ("subfolder", "revision"):
+                        kwargs.pop(key, None)
+            model, info = super().from_pretrained(
+                source, *model_args, config=config, output_loading_info=True, **kwargs
             )
-        else:
-            source = pretrained_model_name_or_path
-        if source is None:
-            for key in ("subfolder", "revision"):
-                kwargs.pop(key, None)
-        model, info = super().from_pretrained(source, *model_args, config=config, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} weights, for example {missing[0]}; the "
-                "checkpoint is incomplete. Save it again with save_pretrained(..., self_contained=True)."
-            )
-        model.config.name_or_path = str(pretrained_model_name_or_path)
+        name = "the state dict" if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
+        _require_complete(name, info)
+        model.config.name_or_path = str(pretrained_model_name_or_path or "")
+        model.clip.requires_grad_(False)  # loading makes new parameters
         model._tower_loaded = True
         model.train(model.training)
         return (model, info) if wants_info else model
@@ -176,17 +179,13 @@ class ARMModel(PreTrainedModel):
         cls, source: Any, config: ARMConfig, hub: Mapping[str, Any], kwargs: Mapping[str, Any]
     ) -> dict:
         """State dict of a lean checkpoint: its own `arm.*` and the towers of the CLIP that it names."""
-        from safetensors.torch import load_file
-
         if not config.clip_name_or_path:
             raise ValueError(
                 f"{source} holds ARM alone and its config names no CLIP; set clip_name_or_path in config.json"
             )
         path = cached_file(source, "model.safetensors", **hub)
         arguments = {key: kwargs[key] for key in CLIP_ARGUMENTS if kwargs.get(key) is not None}
-        clip = CLIPModel.from_pretrained(
-            config.clip_name_or_path, revision=config.clip_revision or "main", use_safetensors=True, **arguments
-        )
+        clip = _load_clip(config.clip_name_or_path, config.clip_revision, **arguments)
         _check_tower(clip, config)
         return {**{f"clip.{key}": value for key, value in clip.state_dict().items()}, **load_file(path)}
 
@@ -493,6 +492,37 @@ class ARMModel(PreTrainedModel):
 def _mark_tower_loaded(model: ARMModel, incompatible: Any) -> None:
     if not any(key.startswith("clip.") for key in incompatible.missing_keys):
         model._tower_loaded = True
+
+
+def _load_clip(name: str | os.PathLike, revision: str | None, **arguments: Any) -> CLIPModel:
+    """A complete CLIP from safetensors, or an error."""
+    with _damage_reported(name):
+        clip, info = CLIPModel.from_pretrained(
+            name, revision=revision or "main", use_safetensors=True, output_loading_info=True, **arguments
+        )
+    _require_complete(str(name), info)
+    return clip
+
+
+def _require_complete(name: str, info: Mapping[str, Any]) -> None:
+    """Raise ValueError when loading left weights at random values."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights, for example {missing[0]}; the checkpoint is incomplete: download it "
+            "or save it again"
+        )
+
+
+@contextmanager
+def _damage_reported(name: Any) -> Iterator[None]:
+    """Turn safetensors' own error into an OSError that says which checkpoint it is about."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(
+            f"the weights of {name} are damaged or cut short ({error}); download or save them again"
+        ) from error
 
 
 def _check_tower(clip: CLIPModel, config: ARMConfig) -> None:
