@@ -60,7 +60,7 @@ def _palette(names: tuple[str, ...]) -> tuple[Color, ...]:
     chosen = np.zeros((len(names) + 1, 3))  # OKLab
     chosen[0] = _BACKGROUND_LAB
     # As many colours as there are names share the gamut: what counts as "too alike" shrinks with their number.
-    distance = 0.16 / max(1.0, len(names) / 8) ** 0.4
+    distance = 0.13 / max(1.0, len(names) / 8) ** 0.4
     tries = max(6, min(48, 16000 // max(1, len(names))))
     order = sorted(range(len(names)), key=lambda index: names[index].casefold() not in _EXPECTED)
     for done, index in enumerate(order, start=1):
