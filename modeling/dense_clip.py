@@ -1,6 +1,6 @@
 """Dense CLIP: trunk once, a method's last block, cosine with the words; windows and batches around it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cliptrase_method import CLIPTRASE_METHODS
 from .decision import MAX_CHUNK_VALUES, Decision, QueryMaps, background_queries, decide, window_boxes
+from .dual_path_methods import DUAL_PATH_METHODS
 from .last_block_methods import LAST_BLOCK_METHODS
 from .layer_fusion_methods import LAYER_FUSION_METHODS
 from .method import Method, MethodContext, ScoreMap, get_method
+from .resclip import RESCLIP_METHODS
 from .trunk import TrunkOutput, TrunkRequest, VisionTower
 
-BUILT_IN_METHODS = (*LAST_BLOCK_METHODS, *LAYER_FUSION_METHODS)
+BUILT_IN_METHODS = (*LAST_BLOCK_METHODS, *LAYER_FUSION_METHODS, *DUAL_PATH_METHODS, *CLIPTRASE_METHODS)
 """Methods that come with the package; importing their files registers them."""
 
 
@@ -113,6 +116,44 @@ class DenseCLIP:
         trunk = self.run_trunk(pixel_values, request, gradient_checkpointing=gradient_checkpointing)
         return self.apply(method, settings, trunk, class_embeddings, background_queries, outside)
 
+    def features_of_many(
+        self,
+        pixel_values: Tensor,
+        methods: Mapping[str, Mapping[str, Any] | None],
+        *,
+        hidden_states: Sequence[int] = (),
+        class_embeddings: Tensor | None = None,
+        background_queries: Sequence[int] = (),
+        outside: Mapping[str, Any] | None = None,
+    ) -> Iterator[tuple[str, DenseFeatures]]:
+        """Patch features of several methods from one trunk pass.
+
+        Methods that resize the position table differently see different embeddings, so there is one pass per such rule;
+        at the native grid size the rules agree, but the passes stay separate.
+
+        Args:
+            methods: Method name to settings.
+            pixel_values, hidden_states, class_embeddings, background_queries, outside: See `features`.
+
+        Yields:
+            Name and features, in the order of `methods` within each rule.
+        """
+        groups: dict[str, list[tuple[str, Any, TrunkRequest]]] = {}
+        for name, options in methods.items():
+            settings = get_method(name).settings(options)
+            request = get_method(name).request(settings, self.tower.num_blocks)
+            groups.setdefault(request.position_rule, []).append((name, settings, request))
+        for rule, members in groups.items():
+            request = TrunkRequest(tuple(hidden_states), position_rule=rule)
+            for _, _, wanted in members:
+                request = request.merge(wanted)
+            trunk = self.run_trunk(pixel_values, request)
+            for name, settings, _ in members:
+                yield (
+                    name,
+                    self.apply(get_method(name), settings, trunk, class_embeddings, background_queries, outside),
+                )
+
     def apply(
         self,
         method: Method,
@@ -123,7 +164,7 @@ class DenseCLIP:
         outside: Mapping[str, Any] | None = None,
     ) -> DenseFeatures:
         """A method's patch features from a trunk pass that kept what the method requests."""
-        if method.needs_class_embeddings and class_embeddings is None:
+        if method.needs_words(settings) and class_embeddings is None:
             raise ValueError(f"method {method.name!r} needs class_embeddings: its features depend on the words")
         context = MethodContext(
             self.tower, trunk, class_embeddings, tuple(background_queries), outside or {}, self.logit_scale
@@ -169,6 +210,10 @@ class DenseCLIP:
             background_queries=background_queries,
             outside=outside,
         )
+        return self.maps_of(features, class_embeddings, logit_scale)
+
+    def maps_of(self, features: DenseFeatures, class_embeddings: Tensor, logit_scale: float | None = None) -> QueryMaps:
+        """Scores from features that were computed before, ready for `decide`."""
         scores = self.score_map(features, class_embeddings)
         scale = scores.scale if logit_scale is None else logit_scale
         trunk = features.trunk
