@@ -439,6 +439,11 @@ class ARMModel(PreTrainedModel):
             )
         class_embeddings = self._check_embeddings(class_embeddings)
         features = self.features(pixel_values, method, method_options, class_embeddings, background_queries, outside)
+        return self.maps_of(features, class_embeddings, logit_scale)
+
+    def maps_of(self, features: DenseFeatures, class_embeddings: Tensor, logit_scale: float | None = None) -> QueryMaps:
+        """Scores with ARM from a host's features (which kept the hidden states of the fusion layers)."""
+        class_embeddings = self._check_embeddings(class_embeddings)
         coarse = self.coarse_map(features, class_embeddings, logit_scale)
         as_logits = self.config.coarse_form == "logits"
         return QueryMaps(
