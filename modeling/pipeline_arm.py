@@ -239,7 +239,10 @@ class OpenVocabSegmentationPipeline(Pipeline):
     def _processor_size(self, size: int | Mapping[str, int] | None) -> dict[str, int]:
         processor = self.image_processor
         if size is None and not getattr(processor, "do_center_crop", True):
-            return dict(processor.size)
+            own = dict(processor.size)
+            if "shortest_edge" in own:
+                own.setdefault("longest_edge", max(LONGEST_SIDE, own["shortest_edge"]))
+            return own
         if size is None or isinstance(size, int):
             short = DEFAULT_SHORT_SIDE if size is None else size
             if short < 1:
