@@ -1,6 +1,6 @@
 """Dense CLIP: trunk once, a method's last block, cosine with the words; windows and batches around it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,17 @@ from .method import Method, MethodContext, ScoreMap, get_method
 from .resclip import RESCLIP_METHODS
 from .trunk import TrunkOutput, TrunkRequest, VisionTower
 
-BUILT_IN_METHODS = (*LAST_BLOCK_METHODS, *LAYER_FUSION_METHODS, *DUAL_PATH_METHODS, *CLIPTRASE_METHODS)
+BUILT_IN_METHODS = (
+    *LAST_BLOCK_METHODS,
+    *LAYER_FUSION_METHODS,
+    *DUAL_PATH_METHODS,
+    *CLIPTRASE_METHODS,
+    *RESCLIP_METHODS,
+)
 """Methods that come with the package; importing their files registers them."""
+
+Member = tuple[str, Method, Any, TrunkRequest]
+"""A method in a group that shares a trunk pass: name, method, settings, request."""
 
 
 @dataclass
@@ -116,43 +125,24 @@ class DenseCLIP:
         trunk = self.run_trunk(pixel_values, request, gradient_checkpointing=gradient_checkpointing)
         return self.apply(method, settings, trunk, class_embeddings, background_queries, outside)
 
-    def features_of_many(
-        self,
-        pixel_values: Tensor,
-        methods: Mapping[str, Mapping[str, Any] | None],
-        *,
-        hidden_states: Sequence[int] = (),
-        class_embeddings: Tensor | None = None,
-        background_queries: Sequence[int] = (),
-        outside: Mapping[str, Any] | None = None,
-    ) -> Iterator[tuple[str, DenseFeatures]]:
-        """Patch features of several methods from one trunk pass.
-
-        Methods that resize the position table differently see different embeddings, so there is one pass per such rule;
-        at the native grid size the rules agree, but the passes stay separate.
-
-        Args:
-            methods: Method name to settings.
-            pixel_values, hidden_states, class_embeddings, background_queries, outside: See `features`.
-
-        Yields:
-            Name and features, in the order of `methods` within each rule.
-        """
-        groups: dict[str, list[tuple[str, Any, TrunkRequest]]] = {}
+    def group_by_position_rule(self, methods: Mapping[str, Mapping[str, Any] | None]) -> dict[str, list[Member]]:
+        """Methods that can share a trunk pass, by position rule: name, method, settings and request of each."""
+        groups: dict[str, list[Member]] = {}
         for name, options in methods.items():
-            settings = get_method(name).settings(options)
-            request = get_method(name).request(settings, self.tower.num_blocks)
-            groups.setdefault(request.position_rule, []).append((name, settings, request))
-        for rule, members in groups.items():
-            request = TrunkRequest(tuple(hidden_states), position_rule=rule)
-            for _, _, wanted in members:
-                request = request.merge(wanted)
-            trunk = self.run_trunk(pixel_values, request)
-            for name, settings, _ in members:
-                yield (
-                    name,
-                    self.apply(get_method(name), settings, trunk, class_embeddings, background_queries, outside),
-                )
+            method = get_method(name)
+            settings = method.settings(options)
+            request = method.request(settings, self.tower.num_blocks)
+            groups.setdefault(request.position_rule, []).append((name, method, settings, request))
+        return groups
+
+    def shared_trunk(
+        self, pixel_values: Tensor, rule: str, members: Sequence[Member], hidden_states: Sequence[int] = ()
+    ) -> TrunkOutput:
+        """One trunk pass that keeps what any of the members requests."""
+        request = TrunkRequest(tuple(hidden_states), position_rule=rule)
+        for *_, wanted in members:
+            request = request.merge(wanted)
+        return self.run_trunk(pixel_values, request)
 
     def apply(
         self,
