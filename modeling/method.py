@@ -99,6 +99,10 @@ class Method:
     needs_class_embeddings: ClassVar[bool] = False
     """Whether the patch features themselves depend on the words (a first pass, for example)."""
 
+    def needs_words(self, settings: Any) -> bool:
+        """`needs_class_embeddings` for given settings; override it where it depends on them."""
+        return self.needs_class_embeddings
+
     def request(self, settings: Any, num_blocks: int) -> TrunkRequest:
         """What the trunk must keep for this method in a tower of `num_blocks` blocks."""
         return TrunkRequest(position_rule=settings.position_rule)

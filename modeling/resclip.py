@@ -1,0 +1,393 @@
+"""ResCLIP: the last block's attention mixed with that of middle layers, and refined by a first segmentation.
+
+Yang et al., "ResCLIP: Residual Attention for Training-free Dense Vision-language Inference", CVPR 2025. Two independent
+parts work on a base method b (SCLIP, ClearCLIP or NACLIP) with scaled scores S and attention A = softmax(S):
+
+* RCS, residual cross-correlation self-attention (Eqs. 5, 6): A' = tau ((1 - lam) A + lam C), C the mean q-k attention of
+  layers 6 to 9, head by head.
+* SFR, semantic feedback refinement (Eqs. 7 to 12): a first pass labels every patch; the matrix M of same-label patches,
+  weakened with distance where no path of that label joins them and smoothed, enters the scores of a second pass:
+  S' = tau ((1 - lam) S + lam M).
+
+The numbers follow the authors' code (0e085f7), which differs from the paper: factors tau; a first pass refined by PAMR; a
+label threshold; a path test along a part of the straight line; smoothing across row ends; rows of M normalised. The
+preset "paper" takes the paper's form of each. Left as in the code in both: CLS keeps its row and column (zero in M), and
+NACLIP's Gaussian is added after the mixture. The code's `use_rcs=False` and `use_sfr=False` have no effect; ours have.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .attention import attend, project_heads
+from .decision import MAX_CHUNK_VALUES
+from .last_block_methods import finish_block, gaussian_bias
+from .method import Method, MethodContext, MethodSettings, register_method, setting
+from .pamr import PAMR
+from .trunk import TrunkOutput, TrunkRequest
+
+RESCLIP_METHODS = ("resclip",)
+
+BASES = ("naclip", "clearclip", "sclip")
+PATHS = ("segment", "region", "any")
+SMOOTHINGS = ("raster", "map", "none")
+
+
+def _preset(label_threshold: float, rcs: tuple[float, float], sfr: tuple[float, float], **others: Any) -> dict:
+    code = {"path": "segment", "smoothing": "raster", "normalize_feedback": True, "pamr_iterations": 10}
+    return {
+        "label_threshold": label_threshold,
+        **dict(zip(("rcs_tau", "rcs_weight", "sfr_tau", "sfr_weight"), (*rcs, *sfr), strict=True)),
+        **code,
+        **others,
+    }
+
+
+RESCLIP_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "demo": _preset(0.10, (2.0, 0.6), (2.1, 0.6)),
+    "voc20": _preset(0.10, (2.0, 0.6), (2.1, 0.6)),
+    "voc21": _preset(0.50, (2.0, 0.3), (2.2, 0.7)),
+    "context59": _preset(0.25, (2.0, 0.4), (1.8, 0.7)),
+    "context60": _preset(0.30, (2.0, 0.3), (1.8, 0.7)),
+    "coco_object": _preset(0.11, (2.0, 0.4), (1.8, 0.7)),
+    "coco_stuff164k": _preset(0.11, (2.0, 0.4), (1.8, 0.7)),
+    "ade20k": _preset(0.25, (2.0, 0.3), (2.1, 0.7)),
+    "cityscapes": _preset(0.10, (2.0, 0.2), (2.1, 0.6)),
+    "paper": _preset(0.0, (1.0, 0.5), (1.0, 0.7), path="region", normalize_feedback=False, pamr_iterations=0),
+}
+"""Settings of the authors' configuration for each data set, of their demo, and of the paper's text."""
+
+
+@dataclass(frozen=True)
+class ResclipSettings(MethodSettings):
+    """Settings of ResCLIP. What is None takes the value of `preset`."""
+
+    logit_scale: float | None = setting(40.0, "factor on the cosines, in the first pass too; 40 in the ResCLIP code")
+    base: str = setting("naclip", f"method whose last block is changed, one of {', '.join(BASES)}")
+    preset: str = setting("demo", f"where unset values come from, one of {', '.join(RESCLIP_SETTINGS)}")
+    rcs: bool = setting(True, "mix the attention of middle layers in (RCS)")
+    sfr: bool = setting(True, "let the labels of a first pass refine the scores (SFR)")
+    rcs_tau: float | None = setting(None, "factor on the mixed attention; 1 in the paper")
+    rcs_weight: float | None = setting(None, "share of the middle layers' attention, lambda_rcs")
+    rcs_layers: tuple[int, int] | None = setting(
+        None, "first and last middle layer, counted from 1; None is 6 to 9, or the last four a shallower tower allows"
+    )
+    sfr_tau: float | None = setting(None, "factor on the mixed scores; 1 in the paper")
+    sfr_weight: float | None = setting(None, "share of the feedback in the scores, lambda_sfr")
+    label_threshold: float | None = setting(
+        None, "first-pass probability below which a pixel is labelled with the first word; 0 in the paper"
+    )
+    path: str | None = setting(
+        None,
+        'patches of one label are joined by: a free "segment" of the line between them (code), a connected "region" of '
+        'that label (paper), or "any" always',
+    )
+    smoothing: str | None = setting(
+        None, 'Gaussian over a patch\'s feedback: "raster" along the flattened rows, "map" in two dimensions, or "none"'
+    )
+    normalize_feedback: bool | None = setting(None, "divide the feedback by its row sums, then by its maximum (code)")
+    pamr_iterations: int | None = setting(None, "rounds of PAMR on the first pass; 0 in the paper")
+    gaussian_std: float = setting(5.0, "standard deviation in patches, of the smoothing and of NACLIP's neighbourhood")
+    half_sfr: bool = setting(False, "round the feedback to float16 as the code does")
+    residual: bool | None = setting(None, "keep the last block's residual connection; None only for the base sclip")
+    mlp: bool | None = setting(None, "keep the last block's feed-forward layer; None only for the base sclip")
+
+    def __post_init__(self) -> None:
+        _check_choice("preset", self.preset, RESCLIP_SETTINGS)
+        _check_choice("base", self.base, BASES)
+        for name, value in RESCLIP_SETTINGS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name in ("residual", "mlp"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.base == "sclip")
+        _check_choice("path", self.path, PATHS)
+        _check_choice("smoothing", self.smoothing, SMOOTHINGS)
+        for name in ("rcs_weight", "sfr_weight", "label_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("rcs_tau", "sfr_tau", "gaussian_std"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.pamr_iterations is None or self.pamr_iterations < 0:
+            raise ValueError(f"pamr_iterations must be 0 or more, got {self.pamr_iterations}")
+        if self.rcs_layers is not None and not 1 <= self.rcs_layers[0] <= self.rcs_layers[1]:
+            raise ValueError(f"rcs_layers must be two layers in order, counted from 1, got {self.rcs_layers}")
+
+
+def _check_choice(name: str, value: Any, allowed: Any) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _middle_blocks(settings: ResclipSettings, num_blocks: int) -> tuple[int, ...]:
+    """Indices of the blocks whose maps RCS averages; none without RCS."""
+    if not settings.rcs:
+        return ()
+    highest = min(9, num_blocks - 1)
+    first, last = settings.rcs_layers or (max(1, highest - 3), highest)
+    return tuple(range(first - 1, last))
+
+
+@torch.no_grad()
+def first_pass_labels(
+    scores: Tensor, pixel_values: Tensor, patch_size: int, scale: float, threshold: float, pamr_iterations: int
+) -> Tensor:
+    """Labels of the patches from a first pass: the most frequent label of their pixels.
+
+    Scores are upsampled to the image and refined by PAMR; a pixel takes its best query, or query 0 where the softmax over
+    queries stays below `threshold`. Ties between labels of a patch go to the lower one. Queries are processed in parts.
+
+    Args:
+        scores: Cosines of the first pass, (B, Q, h, w).
+        pixel_values: Normalised images of whole patches, (B, 3, H, W).
+        patch_size: Side of a patch in pixels.
+        scale: Factor inside the softmax.
+        threshold: Probability below which query 0 is taken.
+        pamr_iterations: Rounds of PAMR, 0 for none.
+
+    Returns:
+        Query indices, (B, H / patch_size, W / patch_size), int64.
+    """
+    size = (pixel_values.shape[-2], pixel_values.shape[-1])
+    step = max(1, MAX_CHUNK_VALUES // (size[0] * size[1]))
+    labels = []
+    for image, queries in zip(pixel_values, scores.float(), strict=True):
+        refine = PAMR(image, pamr_iterations) if pamr_iterations else None
+        best = torch.full(size, -torch.inf, device=scores.device)
+        label = torch.zeros(size, dtype=torch.int64, device=scores.device)
+        log_sum = torch.full(size, -torch.inf, device=scores.device) if threshold > 0 else None
+        for start in range(0, queries.shape[0], step):
+            part = F.interpolate(queries[None, start : start + step], size=size, mode="bilinear", align_corners=False)[
+                0
+            ]
+            part = part if refine is None else refine(part)
+            highest, index = part.max(dim=0)
+            label = torch.where(highest > best, index + start, label)
+            best = torch.maximum(best, highest)
+            if log_sum is not None:
+                log_sum = torch.logaddexp(log_sum, part.mul_(scale).logsumexp(dim=0))
+        if log_sum is not None:
+            label = label.masked_fill((scale * best - log_sum).exp() < threshold, 0)
+        labels.append(_patch_mode(label, patch_size, scores.shape[1]))
+    return torch.stack(labels)
+
+
+def _patch_mode(labels: Tensor, patch_size: int, num_labels: int) -> Tensor:
+    """Most frequent label of each patch, the lowest on ties: (H, W) -> (h, w)."""
+    blocks = labels.unflatten(0, (-1, patch_size)).unflatten(2, (-1, patch_size)).transpose(1, 2)  # (h, w, p, p)
+    height, width = blocks.shape[:2]
+    patch = torch.arange(height * width, device=labels.device).view(height, width, 1, 1)
+    counts = torch.bincount((patch * num_labels + blocks).flatten(), minlength=height * width * num_labels)
+    return counts.view(height, width, num_labels).argmax(dim=-1)
+
+
+def segment_is_free(labels: Tensor) -> Tensor:
+    """Whether the straight line from patch i to patch j starts inside i's label.
+
+    As in the reference code the line is sampled at m + 1 points, m the longest Chebyshev distance on the grid, rounded half
+    to even; only the first d + 1 of them are looked at, d the distance from i to j. So only the longest pairs are
+    tested along the whole line, and the result is not symmetric.
+
+    Args:
+        labels: Labels of the patches of one image, (h, w).
+
+    Returns:
+        Boolean, (h*w, h*w).
+    """
+    height, width = labels.shape
+    longest = max(height, width) - 1
+    ys, xs = torch.arange(height, device=labels.device), torch.arange(width, device=labels.device)
+    rows_apart, columns_apart = (ys[:, None] - ys).abs(), (xs[:, None] - xs).abs()
+    # Rows and columns of a sample depend on rows and columns of the end points alone, and whole rows can be copied at
+    # once, in the order (yi, yj, xi, xj).
+    kinds, labels = labels.unique(return_inverse=True)
+    labels = labels.to(torch.uint8 if len(kinds) <= 256 else torch.int32)
+    start = labels[:, None, :, None]
+    free = torch.ones(height, height, width, width, dtype=torch.bool, device=labels.device)
+    for index, t in enumerate(torch.linspace(0, 1, longest + 1).tolist()[1:], start=1):
+        sample_y = _between(ys, t).flatten()  # (h * h,)
+        sample_x = _between(xs, t).flatten()  # (w * w,)
+        sample = labels[:, sample_x].index_select(0, sample_y).view_as(free)
+        same = sample == start
+        same |= (rows_apart < index)[:, :, None, None] & (columns_apart < index)
+        free &= same
+    return free.transpose(1, 2).reshape(height * width, height * width)
+
+
+def _between(places: Tensor, t: float) -> Tensor:
+    """Rounded points at the share t of the way from each place to each other, (n, n); in float32 as the reference."""
+    share = torch.tensor(t, device=places.device)
+    points = places.float()
+    return ((1 - share) * points[:, None] + share * points).round().long()
+
+
+def same_region(labels: Tensor) -> Tensor:
+    """Whether patches i and j lie in one connected region (8 neighbours) of equal labels: (h, w) -> (h*w, h*w)."""
+    height, width = labels.shape
+    region = torch.arange(1, height * width + 1, device=labels.device).view(height, width).float()
+    padded_labels = F.pad(labels, (1, 1, 1, 1), value=-1)
+    views = [(slice(y, y + height), slice(x, x + width)) for y in range(3) for x in range(3)]
+    joined = [padded_labels[view] == labels for view in views]
+    while True:
+        padded = F.pad(region, (1, 1, 1, 1))
+        grown = region
+        for view, equal in zip(views, joined, strict=True):
+            grown = torch.maximum(grown, padded[view] * equal)
+        if torch.equal(grown, region):
+            break
+        region = grown
+    return region.flatten()[:, None] == region.flatten()
+
+
+def _distance_decay(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """exp(-d / max d) of the Chebyshev distance d between patches (Eqs. 9, 10), (N, N)."""
+    rows, columns = (
+        torch.exp(-(places[:, None] - places).abs() / max(1, max(grid) - 1))
+        for places in (torch.arange(extent, device=device) for extent in grid)
+    )
+    return torch.minimum(rows[:, None, :, None], columns[:, None, :]).flatten(2).flatten(0, 1)
+
+
+def _gaussian(length: int, std: float, device: torch.device) -> Tensor:
+    offsets = torch.arange(length, device=device) - length // 2
+    kernel = torch.exp(-(offsets.float() ** 2) / (2 * std**2))
+    return kernel / kernel.sum()
+
+
+def _odd_length(limit: int, std: float) -> int:
+    return min(limit, int(6 * std + 1)) // 2 * 2 + 1  # an even length grows by one
+
+
+def smooth(matrix: Tensor, grid: tuple[int, int], std: float, smoothing: str) -> Tensor:
+    """Smooth the rows of an (N, N) matrix with a Gaussian of `std` patches, zeros outside.
+
+    "raster" runs along the flattened grid, from the end of one row of patches into the next (the code); "map" smooths in
+    two dimensions; "none" does nothing.
+    """
+    if smoothing == "none":
+        return matrix
+    if smoothing == "raster":
+        length = _odd_length(matrix.shape[1], std)
+        kernel = _gaussian(length, std, matrix.device).view(1, 1, -1)
+        return F.conv1d(matrix[:, None], kernel, padding=length // 2)[:, 0]
+    maps = matrix.unflatten(1, grid)[:, None]  # (N, 1, h, w)
+    for axis, extent in enumerate(grid):
+        length = _odd_length(extent, std)
+        shape, padding = ((length, 1), (length // 2, 0)) if axis == 0 else ((1, length), (0, length // 2))
+        maps = F.conv2d(maps, _gaussian(length, std, matrix.device).view(1, 1, *shape), padding=padding)
+    return maps.flatten(1)
+
+
+def feedback_matrix(
+    labels: Tensor, std: float = 5.0, path: str = "segment", smoothing: str = "raster", normalize: bool = True
+) -> Tensor:
+    """The SFR matrix of one image before the division by its maximum (Eqs. 7 to 11), with CLS as zero row and column.
+
+    Args:
+        labels: Labels of the patches, (h, w).
+        std: Of the smoothing, in patches.
+        path: When patches of one label count in full: see `ResclipSettings.path`.
+        smoothing: See `smooth`.
+        normalize: Divide the rows by their sums, as the code does.
+
+    Returns:
+        (L, L) with L = h*w + 1.
+    """
+    grid = (labels.shape[0], labels.shape[1])
+    flat = labels.flatten()
+    matrix = (flat[:, None] == flat).float()
+    if path != "any":
+        joined = segment_is_free(labels) if path == "segment" else same_region(labels)
+        matrix = torch.where(joined, matrix, matrix * _distance_decay(grid, labels.device))
+    matrix = smooth(matrix, grid, std, smoothing)
+    if normalize:
+        matrix = matrix.clamp_min(0)
+        matrix = matrix / (matrix.sum(dim=-1, keepdim=True) + 1e-8)
+    return F.pad(matrix, (1, 0, 1, 0))
+
+
+@register_method(
+    "resclip",
+    settings=ResclipSettings,
+    paper="Yang et al., ResCLIP: Residual Attention for Training-free Dense Vision-language Inference, CVPR 2025",
+    reference="ResCLIP code 0e085f7, on the bases sclip, clearclip and naclip",
+    summary="last-block attention mixed with layers 6 to 9 (RCS) and fed back with a first segmentation (SFR)",
+    cost="about 1.05 of a plain image pass with RCS, 1.3 with RCS and SFR",
+)
+class Resclip(Method):
+    """ResCLIP on one of its bases; features depend on the words only with SFR."""
+
+    def request(self, settings: ResclipSettings, num_blocks: int) -> TrunkRequest:
+        return TrunkRequest(attention_maps=_middle_blocks(settings, num_blocks), position_rule=settings.position_rule)
+
+    def needs_words(self, settings: ResclipSettings) -> bool:
+        return settings.sfr
+
+    def patch_features(self, context: MethodContext, settings: ResclipSettings) -> Tensor:
+        trunk, block = context.trunk, context.tower.last_block
+        roles = {"naclip": "k", "clearclip": "q", "sclip": "qk"}[settings.base]
+        *sources, value = project_heads(block, trunk.last_input, roles + "v")
+        neighbours = None
+        if settings.base == "naclip":
+            neighbours = gaussian_bias(trunk.grid, settings.gaussian_std, value.device)
+        middle = _middle_blocks(settings, context.tower.num_blocks)
+        crossed = self._middle_attention(trunk, middle, value) if middle else None
+
+        def run(factor: float, bias: Tensor | None) -> Tensor:
+            scale = factor * block.self_attn.scale
+            attended = attend(sources[0], sources[0], value, scale, bias)
+            for source in sources[1:]:
+                attended = attended + attend(source, source, value, scale, bias)
+            if crossed is not None:
+                attended = settings.rcs_tau * torch.lerp(attended, crossed, settings.rcs_weight)
+            return finish_block(context, attended, settings.residual, settings.mlp)
+
+        features = run(1.0, neighbours)
+        if not settings.sfr:
+            return features
+        labels = self._first_labels(context, settings, features)
+        context.scratch["labels"] = labels
+        feedback = self._feedback(labels, settings)[:, None]  # (B, 1, L, L)
+        bias = feedback if neighbours is None else feedback + neighbours
+        return run(settings.sfr_tau * (1 - settings.sfr_weight), bias)
+
+    @staticmethod
+    def _middle_attention(trunk: TrunkOutput, blocks: Sequence[int], value: Tensor) -> Tensor:
+        """C v with C the mean map of the middle layers, (B, heads, L, d)."""
+        first, *others = (trunk.attention_maps[index] for index in blocks)
+        total = first.clone()
+        for weights in others:
+            total += weights
+        return (total @ value) / (1 + len(others))
+
+    @staticmethod
+    def _first_labels(context: MethodContext, settings: ResclipSettings, features: Tensor) -> Tensor:
+        words = F.normalize(context.class_embeddings.to(features.dtype), dim=-1)
+        cosines = (F.normalize(features, dim=-1) @ words.T).transpose(1, 2)
+        return first_pass_labels(
+            cosines.unflatten(2, context.trunk.grid),
+            context.trunk.pixel_values,
+            context.tower.patch_size,
+            context.logit_scale if settings.logit_scale is None else settings.logit_scale,
+            settings.label_threshold,
+            settings.pamr_iterations,
+        )
+
+    @staticmethod
+    def _feedback(labels: Tensor, settings: ResclipSettings) -> Tensor:
+        """tau lam M of a batch, (B, L, L)."""
+        matrices = []
+        for image in labels:
+            matrix = feedback_matrix(
+                image, settings.gaussian_std, settings.path, settings.smoothing, settings.normalize_feedback
+            )
+            matrices.append(matrix / matrix.amax() if settings.normalize_feedback else matrix)
+        feedback = torch.stack(matrices)
+        if settings.half_sfr:
+            return settings.sfr_tau * (settings.sfr_weight * feedback.half()).float()
+        return settings.sfr_tau * settings.sfr_weight * feedback
