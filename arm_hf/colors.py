@@ -117,7 +117,7 @@ def _to_srgb(lab: np.ndarray) -> list[Color]:
     linear = (lab @ np.linalg.inv(_TO_LAB).T) ** 3 @ np.linalg.inv(_TO_LMS).T
     linear = linear.clip(0.0, 1.0)
     value = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return [tuple(int(channel) for channel in row) for row in np.rint(255 * value).astype(int)]
+    return [(int(red), int(green), int(blue)) for red, green, blue in np.rint(255 * value)]
 
 
 _BACKGROUND_LAB = _from_srgb(np.array(BACKGROUND_COLOR))

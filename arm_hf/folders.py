@@ -75,7 +75,7 @@ def collect_images(inputs: Sequence[str | os.PathLike], out: str | os.PathLike |
         raise ValueError("no images were given; name files, folders or addresses")
     hidden = Path(out).resolve() if out is not None else None
     found: dict[str, ImageFile] = {}  # by what they really are, so that a file given twice counts once
-    for given in map(os.fspath, inputs):
+    for given in [os.fspath(item) for item in inputs]:
         if given.startswith(("http://", "https://")):
             name = PurePosixPath(unquote(urlsplit(given).path)).name or urlsplit(given).netloc
             found.setdefault(given, ImageFile(given, name))

@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from arm_hf.colors import Color
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 # Drawn where a label holds letters that Pillow's own font lacks, if the machine has one of them.
 _OTHER_FONTS = (
     "DejaVuSans.ttf",
@@ -54,7 +56,9 @@ def add_legend(picture: Image.Image, found: list[Segment]) -> Image.Image:
     if not below:
         most = min(MOST_ENTRIES, max(8, (picture.height - 2 * pad) // row))
     shown = found if len(found) <= most else found[: most - 1]
-    entries = [(segment.color, segment.label, _percent(segment.share)) for segment in shown]
+    entries: list[tuple[Color | None, str, str]] = [
+        (segment.color, segment.label, _percent(segment.share)) for segment in shown
+    ]
     if len(shown) < len(found):
         rest = found[len(shown) :]
         entries.append((None, f"+{len(rest)} more", _percent(sum(segment.share for segment in rest))))
@@ -119,7 +123,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}%" if share < 0.0995 else f"{100 * share:.0f}%"
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont, widest: float) -> str:
+def _shorten(text: str, font: Font, widest: float) -> str:
     """Cut the text to the width given, with an ellipsis where something is missing."""
     if font.getlength(text) <= widest:
         return text
@@ -133,7 +137,7 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, widest: float) -> str:
     return text[:low].rstrip() + "…"
 
 
-def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+def font_for(text: str, size: int) -> Font:
     """Return Pillow's own font, or one of the machine's if that knows more of the text's letters."""
     best = ImageFont.load_default(size)
     missing = _missing_letters(text, best)
@@ -149,12 +153,12 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     return best
 
 
-def _missing_letters(text: str, font: ImageFont.FreeTypeFont) -> set[str]:
+def _missing_letters(text: str, font: Font) -> set[str]:
     absent = bytes(font.getmask(_MISSING))
     return {letter for letter in set(text) if not letter.isspace() and bytes(font.getmask(letter)) == absent}
 
 
-def drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
+def drawable(text: str, font: Font) -> str:
     """Write letters that no font at hand can draw as their code, so that two labels never look alike."""
     missing = _missing_letters(text, font)
     return "".join(f"\\u{ord(letter):04x}" if letter in missing else letter for letter in text)

@@ -188,12 +188,13 @@ def _managed_to_rgb(image: Image.Image) -> Image.Image:
     srgb = ImageCms.createProfile("sRGB")
     try:
         if image.mode == "LAB":
-            profile = ImageCms.createProfile("LAB")
+            profile: Any = ImageCms.createProfile("LAB")
         elif image.info.get("icc_profile"):
             profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         else:
             return image.convert("RGB")
-        return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+        return image.convert("RGB") if converted is None else converted
     except (ImageCms.PyCMSError, OSError):
         return image.convert("RGB")
 

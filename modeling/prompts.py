@@ -230,7 +230,8 @@ def parse_labels(
         parsed = []
         for name, words in labels.items():
             tidy_name = _tidy(name, "a label's name")
-            parsed.append(Label(tidy_name, words.split("|") if isinstance(words, str) else words))
+            given: Any = words.split("|") if isinstance(words, str) else words
+            parsed.append(Label(tidy_name, given))
     elif isinstance(labels, Sequence) and not isinstance(labels, bytes | bytearray):
         parsed = [_parse_one(item, position) for position, item in enumerate(labels, start=1)]
     else:
@@ -326,7 +327,7 @@ class Background:
         if isinstance(value, bool):
             raise ValueError(f"background must be a threshold, words or None, not {value!r}")
         if isinstance(value, Real):
-            return cls(threshold=value)
+            return cls(threshold=float(value))
         if isinstance(value, Mapping):
             unknown = [key for key in value if key not in ("threshold", "words", "name")]
             if unknown:
@@ -342,14 +343,14 @@ class Background:
             value = value.replace(",", "|").split("|")
         if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray):
             raise ValueError(f"background must be a threshold, words or None, not {type(value).__name__}")
-        thresholds, words = [], []
-        for item in value:
-            (words if (number := _as_number(item)) is None else thresholds).append(item if number is None else number)
+        numbers = [_as_number(item) for item in value]
+        thresholds = [number for number in numbers if number is not None]
+        words = tuple(item for item, number in zip(value, numbers, strict=True) if number is None)
         if len(thresholds) > 1:
             raise ValueError(
                 f"background has {len(thresholds)} thresholds ({', '.join(map(str, thresholds))}); give one"
             )
-        return cls(threshold=thresholds[0] if thresholds else None, words=tuple(words))
+        return cls(threshold=thresholds[0] if thresholds else None, words=words)
 
 
 @dataclass(frozen=True)
@@ -384,7 +385,9 @@ class Vocabulary:
         classes, policy = parse_labels(labels), Background.parse(background)
         names = [label.name.casefold() for label in classes]
         index = names.index(policy.name.casefold()) if policy.name.casefold() in names else None
-        if policy and index is None:
+        if index is None:
+            if not policy:
+                return cls(classes)
             return cls((Label(policy.name, policy.words), *classes), 0, policy.threshold)
         if policy.words:
             raise ValueError(
@@ -423,7 +426,7 @@ def _tidy(text: Any, what: str) -> str:
 
 
 def _unique(words: Sequence[str]) -> tuple[str, ...]:
-    first = {}
+    first: dict[str, str] = {}
     for word in words:
         first.setdefault(word.casefold(), word)
     return tuple(first.values())
@@ -438,7 +441,7 @@ def _parse_one(item: Any, position: int) -> Label:
             raise ValueError(f"label {position} is empty; remove the extra comma or give it a name")
         name, equals, words = item.partition("=")
         if equals and name.endswith(":"):
-            return Label(name[:-1], words.split("|"))
+            return Label(name[:-1], tuple(words.split("|")))
         if equals:
             return Label(name, (name, *words.split("|")))
         item = item.split("|")
