@@ -28,7 +28,7 @@ INSTALL_REQUIRES = [
     "safetensors>=0.8",
     "typer>=0.29",
     "tqdm>=4.70",
-    "pillow>=13.0",
+    "pillow>=12.3",
     "numpy>=2.4",
 ]
 ONNX = ["onnx>=1.23", "onnxruntime>=1.31", "onnxscript>=0.5"]
