@@ -83,8 +83,9 @@ class DenseCLIP:
 
     @property
     def logit_scale(self) -> float:
-        """CLIP's learned temperature tau = exp(logit_scale)."""
-        return float(self.clip.logit_scale.detach().exp())
+        """CLIP's learned temperature tau = exp(logit_scale); 100, CLIP's upper bound, for an image tower alone."""
+        scale = getattr(self.clip, "logit_scale", None)
+        return 100.0 if scale is None else float(scale.detach().exp())
 
     def run_trunk(self, pixel_values: Tensor, request: TrunkRequest | None = None, **kwargs: Any) -> TrunkOutput:
         """One pass through blocks 1..n-1; `request` may be the union of several methods' requests."""
