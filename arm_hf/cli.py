@@ -262,13 +262,11 @@ def _one_line_errors(traceback: bool = False) -> Iterator[None]:
         yield
     except BrokenPipeError:  # `arm-hf labels | head`: main() sees to it
         raise
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if traceback:
             raise
         _fail(str(error) or type(error).__name__)
-        raise typer.Exit(
-            ExitCode.USAGE if isinstance(error, ValueError | TypeError) else ExitCode.INCOMPLETE
-        ) from error
+        raise typer.Exit(ExitCode.USAGE if isinstance(error, ValueError) else ExitCode.INCOMPLETE) from error
     except (RuntimeError, MemoryError) as error:
         if traceback or not _is_out_of_memory(error):
             raise

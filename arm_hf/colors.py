@@ -18,20 +18,20 @@ BACKGROUND_COLOR: Color = (58, 62, 68)
 # What people expect of these words; every other word gets a colour from its hash.
 _EXPECTED: dict[str, Color] = {
     "sky": (120, 190, 255),
-    "cloud": (200, 215, 235),
+    "cloud": (185, 200, 225),
     "water": (40, 120, 220),
     "sea": (30, 95, 190),
     "river": (60, 140, 235),
     "grass": (110, 200, 70),
     "tree": (30, 135, 60),
-    "plant": (70, 165, 95),
-    "vegetation": (40, 140, 70),
-    "mountain": (150, 115, 90),
-    "sand": (235, 205, 140),
-    "snow": (225, 240, 250),
+    "plant": (90, 175, 130),
+    "vegetation": (60, 150, 40),
+    "mountain": (125, 90, 70),
+    "sand": (240, 215, 140),
+    "snow": (235, 248, 255),
     "road": (150, 120, 175),
-    "building": (215, 120, 70),
-    "person": (235, 70, 90),
+    "building": (200, 140, 90),
+    "person": (235, 45, 85),
 }
 
 
@@ -64,8 +64,8 @@ def _palette(names: tuple[str, ...]) -> tuple[Color, ...]:
     tries = max(6, min(48, 16000 // max(1, len(names))))
     order = sorted(range(len(names)), key=lambda index: names[index].casefold() not in _EXPECTED)
     for done, index in enumerate(order, start=1):
-        if names[index].casefold() == BACKGROUND_NAME:
-            chosen[done] = _BACKGROUND_LAB
+        if (name := names[index].casefold()) in _EXPECTED or name == BACKGROUND_NAME:
+            chosen[done] = _from_srgb(np.array(label_color(name)))
             continue
         candidates = _candidates(names[index], tries)  # (T, 3)
         nearest = np.linalg.norm(candidates[:, None] - chosen[None, :done], axis=-1).min(axis=1)  # (T,)

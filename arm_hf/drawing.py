@@ -150,10 +150,13 @@ def _write_names(picture: Image.Image, semantic_map: np.ndarray, found: list[Seg
         room = 2 * scale * int(depth[row, column])
         font = font_for(segment.label, size)
         text = drawable(segment.label, font)
-        if room < 1.5 * size or room * 1.3 < font.getlength(text):
+        if room < 1.5 * size or min(1.3 * room, picture.width) < font.getlength(text):
             continue
-        center = ((column * step + left + 0.5) * scale / step, (row * step + top + 0.5) * scale / step)
         edge = max(2, size // 9)
+        # Inside the frame, whatever the patch: a name may be a little wider than its patch.
+        half = font.getlength(text) / 2 + 2 * edge
+        x = min(max((column * step + left + 0.5) * scale / step, half), picture.width - half)
+        center = (x, (row * step + top + 0.5) * scale / step)
         draw.text(center, text, fill="white", font=font, anchor="mm", stroke_width=edge, stroke_fill=(20, 22, 26))
 
 

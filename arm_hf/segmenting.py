@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +40,7 @@ class RunSettings:
         batch_size: Pictures per forward pass.
 
     Raises:
-        ValueError: If one of them is impossible.
-        TypeError: If the method has no such setting.
+        ValueError: If one of them is impossible, or the method has no such setting.
     """
 
     labels: tuple[Label, ...]
@@ -59,7 +58,7 @@ class RunSettings:
     def __post_init__(self):
         Vocabulary.build(self.labels, self.background)
         if self.method is not None:
-            get_method(self.method).settings(self.method_options)
+            _check_options(self.method, self.method_options)
         if self.templates is not None:
             resolve_templates(self.templates)
         window_boxes((1, 1), self.window, self.stride)
@@ -183,7 +182,11 @@ def segment_files(
 
     Yields:
         What became of each picture. One that cannot be read is left out and does not stop the others.
+
+    Raises:
+        ValueError: If the method that the model chooses has no such setting.
     """
+    _check_options(pipe._method_name(settings.method), settings.method_options)
     waiting: deque[tuple[ImageFile, OutputFiles, Image.Image]] = deque()
     skipped: deque[Skipped] = deque()
 
@@ -204,6 +207,13 @@ def segment_files(
         file, outputs, image = waiting.popleft()
         yield _write(file, outputs, image, result, record)
     yield from skipped
+
+
+def _check_options(method: str, options: Mapping[str, Any]) -> None:
+    try:
+        get_method(method).settings(options)
+    except TypeError as error:  # an unknown option; on the command line that is a wrong value, not a bug
+        raise ValueError(str(error)) from error
 
 
 def _write(file: ImageFile, outputs: OutputFiles, image: Image.Image, result: dict, record: dict) -> Written:
