@@ -1,6 +1,9 @@
 """Saving and loading: lean, self-contained, packed; and that nothing is ever left random in silence."""
 
+import copy
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,41 +34,59 @@ def edit_weights(path: Path, change) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-@pytest.fixture
-def tiny_clip(tiny_clip_config) -> CLIPModel:
-    """Smaller still: files are written and read in each test."""
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tiny_clip_config) -> tuple[Path, ARMModel]:
+    """A small CLIP and a seeded ARM on it, saved in every form once; tests work on copies."""
+    root = tmp_path_factory.mktemp("checkpoints")
     config = tiny_clip_config.to_dict()
     config["vision_config"].update(num_hidden_layers=8, hidden_size=64, intermediate_size=96)
     config["text_config"].update(num_hidden_layers=1, hidden_size=32, intermediate_size=32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return CLIPModel(CLIPConfig.from_dict(config)).eval()
+        CLIPModel(CLIPConfig.from_dict(config)).save_pretrained(root / "tiny-clip")
+        model = ARMModel.from_clip(root / "tiny-clip", ffn_ratio=2.0).eval()
+    copy.deepcopy(model).save_pretrained(root / "lean")
+    copy.deepcopy(model).save_pretrained(root / "full", self_contained=True)
+    copy.deepcopy(model).save_pretrained(root / "packed", weight_packing="int8")
+    return root, model
 
 
 @pytest.fixture
-def model(tiny_clip_folder) -> ARMModel:
-    """A seeded ARM that knows where its CLIP lies."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return ARMModel.from_clip(tiny_clip_folder, ffn_ratio=2.0).eval()
+def tiny_clip_folder(prepared, tmp_path) -> Path:
+    return Path(shutil.copytree(prepared[0] / "tiny-clip", tmp_path / "tiny-clip"))
 
 
 @pytest.fixture
-def lean(model, tmp_path) -> Path:
-    model.save_pretrained(tmp_path / "lean")
-    return tmp_path / "lean"
+def model(prepared, tiny_clip_folder) -> ARMModel:
+    """The ARM; it knows where its CLIP lies."""
+    model = copy.deepcopy(prepared[1])
+    model.config.clip_name_or_path = str(tiny_clip_folder)
+    return model
 
 
 @pytest.fixture
-def full(model, tmp_path) -> Path:
-    model.save_pretrained(tmp_path / "full", self_contained=True)
-    return tmp_path / "full"
+def saved(prepared, tiny_clip_folder, tmp_path) -> Callable[[str], Path]:
+    def copy_of(form: str) -> Path:
+        folder = Path(shutil.copytree(prepared[0] / form, tmp_path / form))
+        edit_config(folder, clip_name_or_path=str(tiny_clip_folder))
+        return folder
+
+    return copy_of
 
 
 @pytest.fixture
-def packed(model, tmp_path) -> Path:
-    model.save_pretrained(tmp_path / "packed", weight_packing="int8")
-    return tmp_path / "packed"
+def lean(saved) -> Path:
+    return saved("lean")
+
+
+@pytest.fixture
+def full(saved) -> Path:
+    return saved("full")
+
+
+@pytest.fixture
+def packed(saved) -> Path:
+    return saved("packed")
 
 
 class TestRoundTrip:
@@ -248,8 +269,8 @@ class TestNothingIsLeftRandom:
         with pytest.raises(ValueError, match=r"lacks 1 weights?, for example .*post_layernorm\.weight"):
             ARMModel.from_pretrained(lean)
 
-    def test_another_tower(self, lean, tiny_clip, tiny_clip_folder):
-        config = CLIPConfig.from_dict({**tiny_clip.config.to_dict(), "projection_dim": 32})
+    def test_another_tower(self, lean, model, tiny_clip_folder):
+        config = CLIPConfig.from_dict({**model.clip.config.to_dict(), "projection_dim": 32})
         CLIPModel(config).save_pretrained(tiny_clip_folder)
         with pytest.raises(ValueError, match="does not fit this ARM: projection_dim 32 instead of 64"):
             ARMModel.from_pretrained(lean)
