@@ -55,8 +55,8 @@ def save_int8(
             boolean tensors are written as they are.
         path: file to write; it appears only when complete.
         metadata: further strings for the header.
-        keep_float32: endings of names that are never reduced. Position tables are small, and a constant in them (which a
-            LayerNorm takes away again) would eat the eight bits.
+        keep_float32: endings of names that are never reduced. Position tables are small, and a constant in them (which
+            a LayerNorm takes away again) would eat the eight bits.
 
     Raises:
         ValueError: a tensor holds inf or nan, or a name ends in the reserved suffix.
@@ -85,6 +85,7 @@ def save_int8(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(out, temporary, metadata=header)
+        os.chmod(temporary, 0o644)  # safetensors makes it readable for its owner only
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
