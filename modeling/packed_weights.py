@@ -31,11 +31,15 @@ def quantize_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
         tensor: (R, ...) float; a row is everything behind the first index.
 
     Returns:
-        Integers of the same shape, and (R,) float16 scales; rows of zeros have scale 0.
+        Integers of the same shape, and (R,) scales: float16, or float32 where some row is too small for its normal
+        range; rows of zeros have scale 0.
     """
     rows = tensor.detach().to("cpu", torch.float32).flatten(1)
-    scale = (rows.abs().amax(dim=1) / 127).to(torch.float16)
-    divisor = scale.float().clamp(min=torch.finfo(torch.float16).tiny)
+    scale = rows.abs().amax(dim=1) / 127
+    half = torch.finfo(torch.float16)
+    if ((scale == 0) | ((scale >= half.tiny) & (scale <= half.max))).all():
+        scale = scale.to(torch.float16)
+    divisor = torch.where(scale == 0, 1, scale.float())
     # the fp16 scale may be rounded down, so the largest value may land just above 127
     integers = torch.round(rows / divisor[:, None]).clamp(-127, 127).to(torch.int8)
     return integers.reshape(tensor.shape), scale

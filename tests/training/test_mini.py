@@ -314,7 +314,7 @@ def synthetic_encoder():
         return torch.randn(*shape, generator=generator) * scale
 
     weights = {
-        "backbone.embeddings.patch_embeddings.projection.weight": random(WIDTH, 3, PATCH, PATCH),
+        "backbone.embeddings.patch_embeddings.projection.weight": random(WIDTH, 3, PATCH, PATCH, scale=0.01),
         "backbone.embeddings.patch_embeddings.projection.bias": random(WIDTH),
         "backbone.embeddings.cls_token": random(1, 1, WIDTH),
         "backbone.layernorm.weight": 1 + random(WIDTH),
