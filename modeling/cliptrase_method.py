@@ -7,7 +7,6 @@ the cosines between tokens. It needs scikit-learn and is off by default.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from .attention import attend, merge_heads, project_heads
 from .method import Method, MethodContext, MethodSettings, ScoreMap, register_method, setting
-from .trunk import TrunkOutput, TrunkRequest
+from .trunk import TrunkRequest
 
 CLIPTRASE_METHODS = ("cliptrase",)
 
@@ -143,7 +142,10 @@ def region_scores(
 
     regions = region_map(rows, clusters, trunk.grid, trunk.padded_size)
     num_regions, num_queries = int(clusters.max()) + 1, len(values)
-    pixels, members = trunk.padding.crop(pixels).flatten(1), trunk.padding.crop(regions).flatten()  # added pixels: no vote
+    pixels, members = (
+        trunk.padding.crop(pixels).flatten(1),
+        trunk.padding.crop(regions).flatten(),
+    )  # added pixels: no vote
     sizes = members.bincount(minlength=num_regions).clamp_min(1)
     if vote:
         labels = pixels.argmax(dim=0)
@@ -175,7 +177,8 @@ class Cliptrase(Method):
         block, hidden = context.tower.last_block, context.trunk.last_input
         query, key, value = project_heads(block, hidden, "qkv")
         scale = block.self_attn.scale
-        attended = sum(attend(states, states, value, scale) for states in (query, key, value))
+        attended = attend(query, query, value, scale)
+        attended = attended + attend(key, key, value, scale) + attend(value, value, value, scale)
         hidden = hidden + block.self_attn.out_proj(merge_heads(attended))
         hidden = hidden + block.mlp(block.layer_norm2(hidden))
         tokens = context.tower.project(hidden)

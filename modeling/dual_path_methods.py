@@ -148,13 +148,17 @@ def gem_attention(
         (B, heads, L, d).
     """
     states = torch.cat((value, key, query))  # (3B, heads, L, d): one fused call for the three
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(states.dtype).repeat(3)[:, None, None, None]
+    tau = torch.as_tensor(temperature, dtype=torch.float32, device=states.device).expand(len(value)).repeat(3)
+    length = tau.sqrt().to(states.dtype)[:, None, None, None]  # vectors of this length have tau cos as their product
+
+    def scaled(states: Tensor) -> Tensor:
+        return states * (length / states.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+
     for _ in range(iterations):
-        states = F.normalize(states, dim=-1)
-        states = attend(states * temperature, states, states, 1.0)
-    states = F.normalize(states, dim=-1)
-    attended = attend(states * temperature, states, value.repeat(3, 1, 1, 1), 1.0)
+        states = scaled(states)
+        states = attend(states, states, states, 1.0)
+    states = scaled(states)
+    attended = attend(states, states, value.repeat(3, 1, 1, 1), 1.0)
     return attended.unflatten(0, (3, -1)).mean(dim=0)
 
 
@@ -218,12 +222,13 @@ class ClipSurgery(Method):
         blocks = settings.blocks(context.tower.num_blocks)
         # With feature surgery the keys of the last block are needed too, for the CLS token alone.
         last = "kv" if settings.surgery == "features" else "v"
-        path, heads = context.trunk.hidden_states[blocks[0]], ()  # (B, L, W)
+        path = context.trunk.hidden_states[blocks[0]]  # (B, L, W)
+        heads: tuple[Tensor, ...] = ()
         for index, heads in block_heads(context, blocks, last):
             attention, value = context.tower.blocks[index].self_attn, heads[-1]
             path = path + attention.out_proj(merge_heads(attend(value, value, value, attention.scale)))
         if settings.surgery == "features":
-            context.scratch["image"] = self.image_embedding(context, *heads)
+            context.scratch["image"] = self.image_embedding(context, heads[0], heads[1])
         return context.tower.project(path[:, 1:])
 
     @staticmethod
@@ -266,7 +271,7 @@ class ClipSurgery(Method):
             got = "nothing" if redundant is None else f"shape {tuple(redundant.shape)}"
             raise ValueError(
                 f'surgery="redundant_text" needs outside={{"redundant_text": tensor of {width} values}}, the mean '
-                f'embedding of an empty text in all templates; got {got}'
+                f"embedding of an empty text in all templates; got {got}"
             )
         patches = F.normalize(patch_features, dim=-1)
         return (patches @ redundant.reshape(width, 1).to(patches)).permute(0, 3, 1, 2)
