@@ -4,7 +4,7 @@ The upsampled scores of all queries together (Q x H x W) are never in memory unl
 processed in chunks, with a running maximum and a running log-sum-exp.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -165,6 +165,7 @@ def decide(
     threshold: float | None = None,
     background_index: int | None = None,
     return_class_scores: bool = False,
+    refine: Callable[[Tensor], Tensor] | None = None,
     max_chunk_values: int = MAX_CHUNK_VALUES,
 ) -> Decision:
     """Decide the class of every pixel of one image.
@@ -183,6 +184,8 @@ def decide(
         threshold: Score in (0, 1) below which a pixel becomes background, or None.
         background_index: Class index to write there.
         return_class_scores: Also return the scores of all classes, K x H x W floats.
+        refine: Step on the scores of some queries at the output size before the activation, (q, H, W) to same, such
+            as `PAMR`. Queries come in chunks, so it must treat each alone.
         max_chunk_values: Bound on upsampled scores held at once; changes memory, not the result.
 
     Raises:
@@ -207,6 +210,8 @@ def decide(
         scores = upsample(maps, boxes, image_size, start, stop)
         if scores.shape[-2:] != size:
             scores = F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
+        if refine is not None:
+            scores = refine(scores)
         if log_sum is not None:
             scores = scores * maps.scale
             log_sum = torch.logaddexp(log_sum, scores.logsumexp(dim=0))

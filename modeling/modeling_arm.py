@@ -477,7 +477,7 @@ class ARMModel(PreTrainedModel):
             class_embeddings: E_t of all queries, (Q, D).
             method, method_options, use_arm, logit_scale, outside: See `query_maps`.
             class_of_query: Class of each query (synonyms share one); by default each query is a class.
-            kwargs: Windows, output sizes, background: see `segment_images`.
+            kwargs: Windows, output sizes, background, PAMR: see `segment_images`.
 
         Returns:
             One `Decision` per image: labels (H, W), confidence (H, W), class scores on request.

@@ -1,8 +1,8 @@
 """PAMR, pixel-adaptive mask refinement: scores flow between neighbouring pixels of similar colour.
 
-Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, in the form that the SCLIP, NACLIP
-and ResCLIP code uses: 8 neighbours at each dilation, the centre itself not among them. It refines scores of any method
-after upsampling (NACLIP's published numbers contain it), and ResCLIP's first pass.
+Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, in the form that the SCLIP,
+NACLIP and ResCLIP code uses: 8 neighbours at each dilation, the centre itself not among them. It refines scores of any
+method after upsampling (NACLIP's published numbers contain it), and ResCLIP's first pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,8 +31,8 @@ def neighbour_offsets(dilations: Sequence[int] = DILATIONS) -> list[tuple[int, i
 def affinity(image: Tensor, dilations: Sequence[int] = DILATIONS) -> Tensor:
     """Weights of the neighbours of every pixel: softmax of -|I(p) - I(n)| / (1e-8 + 0.1 std), averaged over channels.
 
-    The standard deviation (unbiased, per channel) is that of the 3 x 3 neighbourhoods of all dilations together, in which
-    the centre occurs once per dilation. Neighbours outside the image are its border pixels.
+    The standard deviation (unbiased, per channel) is that of the 3 x 3 neighbourhoods of all dilations together, in
+    which the centre occurs once per dilation. Neighbours outside the image are its border pixels.
 
     Args:
         image: What guides the refinement, usually the normalised pixels, (B, C, H, W).
@@ -78,10 +78,9 @@ def refine(maps: Tensor, weights: Tensor, dilations: Sequence[int] = DILATIONS, 
     """
     offsets, border = neighbour_offsets(dilations), max(dilations)
     size = (weights.shape[-2], weights.shape[-1])
-    if weights.shape[:2] != (maps.shape[0], len(offsets)):
-        raise ValueError(
-            f"weights must be ({maps.shape[0]}, {len(offsets)}, H, W) for these maps and dilations, got {tuple(weights.shape)}"
-        )
+    expected = (maps.shape[0], len(offsets))
+    if weights.shape[:2] != expected:
+        raise ValueError(f"weights must be {expected} and height, width for these maps; got {tuple(weights.shape)}")
     if iterations < 0:
         raise ValueError(f"iterations must not be negative, got {iterations}")
     maps = maps.to(weights.dtype)

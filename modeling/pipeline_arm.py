@@ -14,6 +14,7 @@ from .decision import window_boxes
 from .dense_clip import DenseCLIP
 from .images import load_image
 from .method import get_method
+from .pamr import check_iterations
 from .prompts import Vocabulary, resolve_templates
 from .text import TextEncoder
 
@@ -33,6 +34,7 @@ FORWARD_ARGUMENTS = (
     "stride",
     "window_batch_size",
     "logit_scale",
+    "pamr",
     "class_scores",
 )
 POSTPROCESS_ARGUMENTS = ("semantic",)
@@ -96,6 +98,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 window, stride: Sliding window in pixels of the resized image; default is the whole image.
                 window_batch_size: Windows per forward pass (bounds memory).
                 logit_scale: Factor on the cosines inside the softmax.
+                pamr: Rounds of PAMR, which fits the scores to the colours of the image; NACLIP uses 10. Off by default.
                 semantic: Return a label map (see below) instead of a list of masks.
                 class_scores: With `semantic`, also return the scores of all classes.
                 batch_size, num_workers: As for every pipeline; images of one batch may differ in size.
@@ -134,6 +137,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
             get_method(self._method_name(kwargs.get("method"))).settings(kwargs.get("method_options"))
         if kwargs.get("use_arm") and not self._has_arm:
             raise ValueError(f"use_arm=True, but this model is a {type(self.model).__name__} without ARM")
+        if kwargs.get("pamr") is not None:
+            check_iterations(kwargs["pamr"])
         if kwargs.get("templates") is not None:
             kwargs["templates"] = resolve_templates(kwargs["templates"])
         if kwargs.get("window") is not None or kwargs.get("stride") is not None:
@@ -261,6 +266,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         stride: int | None = None,
         window_batch_size: int = 16,
         logit_scale: float | None = None,
+        pamr: int | None = None,
         class_scores: bool = False,
     ) -> dict[str, list]:
         pixels, sizes, vocabularies = (_flat(inputs[key]) for key in ("pixels", "original_size", "vocabulary"))
@@ -293,6 +299,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 threshold=vocabulary.threshold,
                 background_index=vocabulary.background_index,
                 return_class_scores=class_scores,
+                pamr=pamr,
             )
             for index, decision in zip(members, results, strict=True):
                 decisions[index] = decision
