@@ -179,7 +179,7 @@ def grid(image: Image.Image, comparison: Comparison, tile: int = 360) -> Image.I
         pen.text((left + 2, top + 3), title, fill="black", font=font_for(title, 16))
         sheet.paste(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), (left, top + caption))
     everything = np.concatenate([result.semantic_map.ravel() for result in comparison.results])[None]
-    return add_legend(sheet, segments(everything, comparison.id2label))
+    return add_legend(sheet, segments(everything, comparison.id2label), shares=False)
 
 
 class _Clock:

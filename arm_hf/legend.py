@@ -46,8 +46,14 @@ _PAPER, _INK, _FAINT_INK, _EDGE = (252, 252, 250), (28, 30, 34), (110, 114, 120)
 MOST_ENTRIES = 36
 
 
-def add_legend(picture: Image.Image, found: list[Segment]) -> Image.Image:
-    """Add the legend where the picture leaves more room: below if it is wide, else at its right."""
+def add_legend(picture: Image.Image, found: list[Segment], shares: bool = True) -> Image.Image:
+    """Add the legend where the picture leaves more room: below if it is wide, else at its right.
+
+    Args:
+        picture: What to add it to.
+        found: The classes, in the order of the legend.
+        shares: Write each class's share of the area behind its name.
+    """
     size = text_size(picture)
     pad, row = round(1.1 * size), round(1.75 * size)
     below = picture.width > 1.15 * picture.height
@@ -61,7 +67,7 @@ def add_legend(picture: Image.Image, found: list[Segment]) -> Image.Image:
     ]
     if len(shown) < len(found):
         rest = found[len(shown) :]
-        entries.append((None, f"+{len(rest)} more", _percent(sum(segment.share for segment in rest))))
+        entries.append((None, f"+{len(rest)} more", _percent(sum(segment.share for segment in rest)) if shares else ""))
 
     widest_label = picture.width - 2 * pad if below else max(16 * size, picture.width)
     cells = [_Cell(color, label, share, size, min(widest_label, 22 * size)) for color, label, share in entries]

@@ -37,6 +37,8 @@ class RunSettings:
         stride: Step of the window.
         size: Shorter side in pixels that the network sees.
         logit_scale: Factor on the cosines inside the softmax.
+        pamr: Rounds of PAMR on the scores.
+        compensation: Hub id or folder of a Stable Diffusion checkpoint that sharpens the scores.
         batch_size: Pictures per forward pass.
 
     Raises:
@@ -53,6 +55,8 @@ class RunSettings:
     stride: int | None = None
     size: int | None = None
     logit_scale: float | None = None
+    pamr: int | None = None
+    compensation: str | None = None
     batch_size: int = 1
 
     def __post_init__(self):
@@ -80,6 +84,8 @@ class RunSettings:
             "stride": self.stride,
             "size": self.size,
             "logit_scale": self.logit_scale,
+            "pamr": self.pamr,
+            "compensation": self.compensation,
             "batch_size": self.batch_size,
         }
 

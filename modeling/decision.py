@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .arm import fuse, refinement_map
+from .method import ScoreGate
 from .trunk import Padding
 
 MAX_CHUNK_VALUES = 2**24  # 64 MiB of float32 upsampled scores at a time
@@ -30,6 +31,8 @@ class QueryMaps:
         scale: Factor on the scores before "softmax" or "none".
         padding: What was added around the image, in pixels.
         padded_size: Height and width of the padded image.
+        gate: The method's rule for what becomes background, with "none" as the activation.
+        peaks: Maximum of every query that the gate goes by, (B, Q); by default that of the maps.
     """
 
     coarse: Tensor
@@ -39,6 +42,8 @@ class QueryMaps:
     scale: float
     padding: Padding
     padded_size: tuple[int, int]
+    gate: ScoreGate | None = None
+    peaks: Tensor | None = None
 
     @property
     def num_queries(self) -> int:
@@ -56,7 +61,10 @@ class QueryMaps:
         """The maps of some images of the batch."""
         features = self.refinement_features
         return replace(
-            self, coarse=self.coarse[index], refinement_features=None if features is None else features[index]
+            self,
+            coarse=self.coarse[index],
+            refinement_features=None if features is None else features[index],
+            peaks=None if self.peaks is None else self.peaks[index],
         )
 
     @classmethod
@@ -188,11 +196,16 @@ def decide(
             as `PAMR`. Queries come in chunks, so it must treat each alone.
         max_chunk_values: Bound on upsampled scores held at once; changes memory, not the result.
 
+    A method's own gate (`QueryMaps.gate`) decides before all this what counts as background; queries of the background
+    class then only compete inside the method.
+
     Raises:
-        ValueError: A threshold without a background class, or the number of queries does not fit.
+        ValueError: A threshold or a gate without a background class, or the number of queries does not fit.
     """
     if threshold is not None and background_index is None:
         raise ValueError("a background threshold needs a background class; give background_index")
+    if maps.gate is not None and background_index is None:
+        raise ValueError("the method's background_threshold needs a background class; name one, or set it to None")
     if len(class_of_query) != maps.num_queries:
         raise ValueError(f"{len(class_of_query)} class indices for {maps.num_queries} queries")
     size = output_size or image_size
@@ -201,17 +214,25 @@ def decide(
     class_index = torch.tensor(class_of_query, device=device)
     step = max(1, max_chunk_values // max(size[0] * size[1], image_size[0] * image_size[1]))
 
+    direct = maps.gate is not None and len(boxes) == 1 and maps.padded_size == image_size
     best = torch.full(size, -torch.inf, device=device)
     labels = torch.zeros(size, dtype=torch.int32, device=device)
     log_sum = torch.full(size, -torch.inf, device=device) if maps.activation == "softmax" else None
     class_best = torch.full((num_classes, *size), -torch.inf, device=device) if return_class_scores else None
     for start in range(0, maps.num_queries, step):
         stop = min(start + step, maps.num_queries)
-        scores = upsample(maps, boxes, image_size, start, stop)
+        # CLIPer's code goes to the output size in one step, the others over the size that the network saw.
+        scores = maps.chunk(start, stop)[0].float() if direct else upsample(maps, boxes, image_size, start, stop)
         if scores.shape[-2:] != size:
             scores = F.interpolate(scores[None], size=size, mode="bilinear", align_corners=False)[0]
         if refine is not None:
             scores = refine(scores)
+        if maps.gate is not None:
+            peaks = (
+                maps.chunk(start, stop).float().amax(dim=(0, 2, 3)) if maps.peaks is None else maps.peaks[0, start:stop]
+            )
+            scores = maps.gate(scores, peaks)
+            scores[class_index[start:stop] == background_index] = 0
         if log_sum is not None:
             scores = scores * maps.scale
             log_sum = torch.logaddexp(log_sum, scores.logsumexp(dim=0))
@@ -228,6 +249,8 @@ def decide(
             return (values - log_sum).exp()
         return values.sigmoid() if maps.activation == "sigmoid" else values * maps.scale
 
+    if maps.gate is not None:
+        labels = labels.masked_fill(best <= 0, background_index)  # no class passed
     confidence = activate(best)
     class_scores = None if class_best is None else activate(class_best).nan_to_num(neginf=0.0)  # -inf: a wordless class
     if threshold is not None and background_index is not None:

@@ -9,12 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cliptrase_method import CLIPTRASE_METHODS
+from .cra_dsi import CRA_DSI_METHODS
 from .decision import MAX_CHUNK_VALUES, Decision, QueryMaps, background_queries, decide, window_boxes
 from .dual_path_methods import DUAL_PATH_METHODS
 from .last_block_methods import LAST_BLOCK_METHODS
 from .layer_fusion_methods import LAYER_FUSION_METHODS
 from .method import Method, MethodContext, ScoreMap, get_method
+from .outside import cut_to_windows
 from .pamr import PAMR, check_iterations
+from .proxy_methods import PROXY_METHODS
 from .resclip import RESCLIP_METHODS
 from .trunk import TrunkOutput, TrunkRequest, VisionTower
 
@@ -24,6 +27,8 @@ BUILT_IN_METHODS = (
     *DUAL_PATH_METHODS,
     *CLIPTRASE_METHODS,
     *RESCLIP_METHODS,
+    *CRA_DSI_METHODS,
+    *PROXY_METHODS,
 )
 """Methods that come with the package; importing their files registers them."""
 
@@ -209,19 +214,21 @@ class DenseCLIP:
         scores = self.score_map(features, class_embeddings)
         scale = scores.scale if logit_scale is None else logit_scale
         trunk = features.trunk
-        return QueryMaps(scores.values, None, None, scores.activation, scale, trunk.padding, trunk.padded_size)
+        return QueryMaps(
+            scores.values, None, None, scores.activation, scale, trunk.padding, trunk.padded_size, scores.gate
+        )
 
     @torch.no_grad()
     def segment(self, pixel_values: Tensor, class_embeddings: Tensor, **kwargs: Any) -> list[Decision]:
         """Label maps of a batch of images; see `segment_images` for window, size and background arguments.
 
-        `method`, `method_options`, `logit_scale` and `outside` go to `query_maps`.
+        `method`, `method_options` and `logit_scale` go to `query_maps`.
         """
-        names = ("method", "method_options", "logit_scale", "outside")
+        names = ("method", "method_options", "logit_scale")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
         options["background_queries"] = background_queries(kwargs.get("class_of_query"), kwargs.get("background_index"))
         return segment_images(
-            lambda pixels: self.query_maps(pixels, class_embeddings, **options),
+            lambda pixels, outside=None: self.query_maps(pixels, class_embeddings, outside=outside, **options),
             pixel_values,
             num_queries=class_embeddings.shape[0],
             **kwargs,
@@ -229,7 +236,7 @@ class DenseCLIP:
 
 
 def segment_images(
-    maps_of: Callable[[Tensor], QueryMaps],
+    maps_of: Callable[..., QueryMaps],
     pixel_values: Tensor,
     *,
     num_queries: int,
@@ -239,10 +246,12 @@ def segment_images(
     window: int | None = None,
     stride: int | None = None,
     window_batch_size: int = 16,
+    outside: Mapping[str, Any] | None = None,
     threshold: float | None = None,
     background_index: int | None = None,
     return_class_scores: bool = False,
     pamr: int | None = None,
+    compensate: Callable[[QueryMaps, int], QueryMaps] | None = None,
     max_chunk_values: int = MAX_CHUNK_VALUES,
 ) -> list[Decision]:
     """Segment a batch of equally sized images, whole or window by window.
@@ -257,11 +266,15 @@ def segment_images(
         window: Side of the square sliding window in pixels of the input; None looks at the whole image.
         stride: Step of the window; half the window by default.
         window_batch_size: Windows (of all images together) per forward pass; bounds memory.
+        outside: Features and maps of other models (see `outside.py`), cut to the windows and given to `maps_of` by that
+            name; without them `maps_of` gets pixels alone.
         threshold: See `decide`.
         background_index: See `decide`.
         return_class_scores: See `decide`.
         pamr: Rounds of PAMR on the upsampled scores, guided by the image at the size of the result; 10 in NACLIP's
             published numbers. None leaves it out.
+        compensate: Step on the scores of each whole image on their grid, given the image's index in the batch, such as
+            Stable-Diffusion compensation.
         max_chunk_values: See `decide`.
 
     Returns:
@@ -273,22 +286,28 @@ def segment_images(
         check_iterations(pamr)
     image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
     boxes = window_boxes(image_size, window, stride)
+    if compensate is not None and len(boxes) > 1:
+        raise ValueError("compensation works on whole images; leave window out, or choose one as large as the image")
     class_of_query = range(num_queries) if class_of_query is None else class_of_query
     crops = [(image, box) for image in pixel_values for box in boxes]  # views, image after image
+    places = [(index, box) for index in range(pixel_values.shape[0]) for box in boxes]
     parts = []
     for start in range(0, len(crops), window_batch_size):
-        batch = [
-            image[:, top:bottom, left:right]
-            for image, (top, left, bottom, right) in crops[start : start + window_batch_size]
-        ]
-        parts.append(maps_of(torch.stack(batch)))
+        members = slice(start, start + window_batch_size)
+        batch = torch.stack([image[:, top:bottom, left:right] for image, (top, left, bottom, right) in crops[members]])
+        if outside is None:
+            parts.append(maps_of(batch))
+        else:
+            cut = cut_to_windows(outside, places[members], image_size, pixel_values.shape[0])
+            parts.append(maps_of(batch, outside=cut))
     maps = QueryMaps.cat(parts)
     decisions = []
     for index, image in enumerate(pixel_values):
         size = image_size if sizes is None else sizes[index]
+        image_maps = maps.select(slice(index * len(boxes), (index + 1) * len(boxes)))
         decisions.append(
             decide(
-                maps.select(slice(index * len(boxes), (index + 1) * len(boxes))),
+                image_maps if compensate is None else compensate(image_maps, index),
                 boxes,
                 image_size,
                 class_of_query,

@@ -273,4 +273,6 @@ class StableDiffusionCompensation:
         size = (unpadded.shape[-2], unpadded.shape[-1])
         whole = size == maps.padded_size
         refined = self.apply(scores if whole else unpadded, images)
-        return replace(maps, coarse=refined, refinement_features=None, padding=Padding(), padded_size=size)
+        # The code weighs both maxima for its score gate.
+        peaks = (refined.amax(dim=(2, 3)) + scores.amax(dim=(2, 3)).to(refined)) / 2
+        return replace(maps, coarse=refined, refinement_features=None, padding=Padding(), padded_size=size, peaks=peaks)

@@ -15,12 +15,47 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import attention_map, merge_heads, split_heads
-from .method import Method, MethodContext, MethodSettings, ScoreMap, register_method, setting
+from .method import Method, MethodContext, MethodSettings, ScoreGate, ScoreMap, register_method, setting
 from .trunk import TrunkRequest
 
 LAYER_FUSION_METHODS = ("cliper",)
 
 ATTENTION_TYPES = ("fused", "q-q", "k-k", "v-v", "vanilla", "identity")
+
+
+def _options(
+    scale: float, threshold: float, stream: int, score: float, background: float, normalise: bool = False
+) -> dict[str, Any]:
+    return {
+        "logit_scale": float(scale),
+        "attention_threshold": threshold,
+        "select_stream": stream,
+        "score_threshold": score,
+        "background_threshold": background,
+        "normalise_scores": normalise,
+    }
+
+
+# The method_options of the authors' configurations (CLIPer code c05fa41), by data set and backbone. Their templates
+# ("cliper15" or "imagenet80"), sizes and background words are part of the protocol, not of the method.
+CLIPER_OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("voc21", "B/16"): _options(100, 0.1, -1, 0.7, 0.6, True),
+    ("context60", "B/16"): _options(100, 0.2, -1, 0.45, 0.45),
+    ("coco_object", "B/16"): _options(50, 0.2, -1, 0.3, 0.3),
+    ("voc20", "B/16"): _options(100, 0.1, -1, 0.0, 0.001),
+    ("context59", "B/16"): _options(100, 0.2, -1, 0.3, 0.3),
+    ("coco_stuff171", "B/16"): _options(50, 0.2, -1, 0.1, 0.1),
+    ("ade150", "B/16"): _options(100, 0.2, -1, 0.3, 0.3),
+    ("cityscapes19", "B/16"): _options(100, 0.35, -1, 0.0, 0.0001),
+    ("voc21", "L/14"): _options(50, 0.1, -2, 0.5, 0.4, True),
+    ("context60", "L/14"): _options(50, 0.2, -2, 0.3, 0.3),
+    ("coco_object", "L/14"): _options(50, 0.1, -2, 0.5, 0.5),
+    ("voc20", "L/14"): _options(70, 0.2, -1, 0.1, 0.0001),
+    ("context59", "L/14"): _options(100, 0.2, -2, 0.45, 0.45),
+    ("coco_stuff171", "L/14"): _options(50, 0.2, -2, 0.2, 0.2),
+    ("ade150", "L/14"): _options(50, 0.2, -1, 0.2, 0.2),
+    ("cityscapes19", "L/14"): _options(100, 0.35, -1, 0.0, 0.0001),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +74,11 @@ class CliperSettings(MethodSettings):
         -1, "stream whose map is propagated, counted from the end: -1, or -2 for some L/14 sets"
     )
     fuse_streams: bool = setting(True, "average the probabilities of all streams; False keeps the selected one alone")
+    score_threshold: float = setting(0.0, "with background_threshold: least peak of a class that is kept")
+    background_threshold: float | None = setting(
+        None, "least value of a pixel that is not background (the code's bkg_thre); None leaves the gate out"
+    )
+    normalise_scores: bool = setting(False, "with background_threshold: stretch every class to 0..1 before it")
     mean_row: bool = setting(True, "add the mean of the foreground words to the softmax, as the code does")
 
     def __post_init__(self) -> None:
@@ -142,4 +182,7 @@ class Cliper(Method):
         scores = selected @ context.scratch["propagation"]
         if settings.fuse_streams:
             scores = scores + probabilities.mean(dim=0)
-        return ScoreMap(scores.unflatten(-1, context.trunk.grid), "none", 0.5)
+        gate = None
+        if settings.background_threshold is not None:
+            gate = ScoreGate(settings.score_threshold, settings.background_threshold, settings.normalise_scores)
+        return ScoreMap(scores.unflatten(-1, context.trunk.grid), "none", 0.5, gate)

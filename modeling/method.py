@@ -71,6 +71,35 @@ class MethodContext:
     scratch: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ScoreGate:
+    """A decision rule that lets only convincing classes and pixels pass; the rest is background.
+
+    Each class's upsampled map is divided by its maximum and multiplied by its peak, so that it reaches the peak that it
+    had on the grid; classes whose peak is not above `score_threshold` are removed, and values below
+    `background_threshold` count as background.
+
+    Attributes:
+        score_threshold: Least peak of a class.
+        background_threshold: Least value of a pixel.
+        normalise: Stretch every class to 0..1 over the image before the second threshold.
+    """
+
+    score_threshold: float
+    background_threshold: float
+    normalise: bool = False
+
+    def __call__(self, scores: Tensor, peaks: Tensor) -> Tensor:
+        """Gate scores (q, H, W) with the classes' peaks (q,)."""
+        peaks = peaks[:, None, None]
+        scores = scores / (scores.amax(dim=(1, 2), keepdim=True) + 1e-5) * peaks
+        if self.normalise:
+            lowest = scores.amin(dim=(1, 2), keepdim=True)
+            scores = (scores - lowest) / (scores.amax(dim=(1, 2), keepdim=True) - lowest + 1e-5)
+        passed = (peaks > self.score_threshold) & (scores >= self.background_threshold)
+        return scores.masked_fill(~passed, 0)
+
+
 @dataclass
 class ScoreMap:
     """Per-query scores on a grid, before upsampling.
@@ -80,11 +109,13 @@ class ScoreMap:
         activation: How scores become numbers in [0, 1] after upsampling: "softmax" over queries (of scale * values),
             "sigmoid" per query, or "none" when `scale * values` already is.
         scale: That factor; unused by "sigmoid".
+        gate: Rule of the method for what becomes background.
     """
 
     values: Tensor
     activation: str = "softmax"
     scale: float = 1.0
+    gate: ScoreGate | None = None
 
 
 class Method:

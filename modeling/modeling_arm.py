@@ -484,10 +484,11 @@ class ARMModel(PreTrainedModel):
         """
         background = background_queries(class_of_query, kwargs.get("background_index"))
         return segment_images(
-            lambda pixels: self.query_maps(
+            lambda pixels, outside=None: self.query_maps(
                 pixels, class_embeddings, method, method_options, use_arm, logit_scale, background, outside
             ),
             pixel_values,
+            outside=outside,
             num_queries=class_embeddings.shape[0],
             class_of_query=class_of_query,
             **kwargs,

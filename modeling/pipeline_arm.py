@@ -1,7 +1,7 @@
 """The `open-vocab-segmentation` pipeline: images and words in, masks or a label map out."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .decision import window_boxes
 from .dense_clip import DenseCLIP
+from .diffusion import StableDiffusionCompensation
 from .images import load_image
 from .method import get_method
 from .pamr import check_iterations
@@ -24,10 +25,11 @@ TASK = "open-vocab-segmentation"
 DEFAULT_SHORT_SIDE = 336
 LONGEST_SIDE = 2048
 
-PREPROCESS_ARGUMENTS = ("candidate_labels", "background", "size", "timeout")
+PREPROCESS_ARGUMENTS = ("candidate_labels", "background", "size", "timeout", "keep_image")
 FORWARD_ARGUMENTS = (
     "method",
     "method_options",
+    "outside",
     "use_arm",
     "templates",
     "window",
@@ -35,6 +37,7 @@ FORWARD_ARGUMENTS = (
     "window_batch_size",
     "logit_scale",
     "pamr",
+    "compensation",
     "class_scores",
 )
 POSTPROCESS_ARGUMENTS = ("semantic",)
@@ -79,6 +82,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
                     "example that of the CLIP the model was made from"
                 )
         self._text: TextEncoder | None = None
+        self._compensations: dict[str, StableDiffusionCompensation] = {}
 
     def __call__(self, images: Any = None, candidate_labels: Any = None, **kwargs: Any) -> Any:
         """Segment one image or many.
@@ -92,6 +96,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 background: None (the model's default), "none", a threshold, words ("sky|wall"), or a mapping with
                     threshold, words and name.
                 method, method_options: Training-free method and its settings.
+                outside: What other models give to the method, by name (see `outside.py`): `{"proxy_features": ...}` for
+                    "proxyclip", `"regions"` too for "corrclip". Functions suit any number of images, tensors one image.
                 use_arm: Whether ARM refines the method's map (default: if the model has one).
                 templates: Prompt templates, by name or own.
                 size: Shorter side in pixels that the network sees, or a size mapping of the image processor.
@@ -99,6 +105,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 window_batch_size: Windows per forward pass (bounds memory).
                 logit_scale: Factor on the cosines inside the softmax.
                 pamr: Rounds of PAMR, which fits the scores to the colours of the image; NACLIP uses 10. Off by default.
+                compensation: Sharpen the scores with Stable Diffusion's self-attention (CLIPer, section 3.3): a hub id
+                    or folder of a Stable Diffusion checkpoint, or a `StableDiffusionCompensation`. Whole images only.
                 semantic: Return a label map (see below) instead of a list of masks.
                 class_scores: With `semantic`, also return the scores of all classes.
                 batch_size, num_workers: As for every pipeline; images of one batch may differ in size.
@@ -147,6 +155,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
             labels = kwargs.get("candidate_labels", self._preprocess_params_or_empty.get("candidate_labels"))
             if labels is not None:
                 Vocabulary.build(labels, self._background(kwargs.get("background")))
+        if kwargs.get("compensation") is not None:
+            kwargs["keep_image"] = True
         groups = (PREPROCESS_ARGUMENTS, FORWARD_ARGUMENTS, POSTPROCESS_ARGUMENTS)
         preprocess, forward, postprocess = (
             {key: kwargs[key] for key in group if kwargs.get(key) is not None} for group in groups
@@ -227,6 +237,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         background: Any = None,
         size: int | Mapping[str, int] | None = None,
         timeout: float | None = None,
+        keep_image: bool = False,
     ) -> dict[str, list]:
         """Read, resize and normalise one image. Values are one-element lists, so that mixed sizes share a batch."""
         if isinstance(image, Mapping):
@@ -239,7 +250,10 @@ class OpenVocabSegmentationPipeline(Pipeline):
         pixels = self.image_processor(
             images=image, size=self._processor_size(size), do_center_crop=False, return_tensors="pt"
         )["pixel_values"][0]
-        return {"pixels": [pixels], "original_size": [(image.height, image.width)], "vocabulary": [vocabulary]}
+        item = {"pixels": [pixels], "original_size": [(image.height, image.width)], "vocabulary": [vocabulary]}
+        if keep_image:
+            item["image"] = [torch.from_numpy(np.array(image)).permute(2, 0, 1)]  # (3, H, W) uint8
+        return item
 
     def _processor_size(self, size: int | Mapping[str, int] | None) -> dict[str, int]:
         processor = self.image_processor
@@ -260,6 +274,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         inputs: dict[str, list],
         method: str | None = None,
         method_options: Mapping[str, Any] | None = None,
+        outside: Mapping[str, Any] | None = None,
         use_arm: bool | None = None,
         templates: str | Sequence[str] | None = None,
         window: int | None = None,
@@ -267,6 +282,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         window_batch_size: int = 16,
         logit_scale: float | None = None,
         pamr: int | None = None,
+        compensation: Any = None,
         class_scores: bool = False,
     ) -> dict[str, list]:
         pixels, sizes, vocabularies = (_flat(inputs[key]) for key in ("pixels", "original_size", "vocabulary"))
@@ -289,6 +305,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 self.text_encoder.class_embeddings(vocabulary.queries, templates),
                 **options,
                 method_options=method_options,
+                outside=outside,
                 logit_scale=logit_scale,
                 class_of_query=vocabulary.class_of_query,
                 num_classes=vocabulary.num_classes,
@@ -300,10 +317,20 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 background_index=vocabulary.background_index,
                 return_class_scores=class_scores,
                 pamr=pamr,
+                compensate=None if compensation is None else self._compensation(compensation, inputs, members),
             )
             for index, decision in zip(members, results, strict=True):
                 decisions[index] = decision
         return {"decision": [vars(d) for d in decisions], "vocabulary": list(vocabularies)}
+
+    def _compensation(self, source: Any, inputs: dict[str, list], members: Sequence[int]) -> Callable:
+        if isinstance(source, str | os.PathLike):
+            source = os.fspath(source)
+            if source not in self._compensations:
+                self._compensations[source] = StableDiffusionCompensation.from_pretrained(source, device=self.device)
+            source = self._compensations[source]
+        images = _flat(inputs["image"])
+        return lambda maps, index: source.compensate(maps, images[members[index]][None].float() / 255)
 
     def postprocess(self, outputs: dict[str, Any], semantic: bool = False) -> list[dict] | dict[str, Any]:
         # A batch was taken apart by the base class; a single image still is a list of one.

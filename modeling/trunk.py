@@ -157,8 +157,8 @@ class VisionTower:
             grid: Patches per column and row (h, w).
             rule: "reference" is what SCLIP, ClearCLIP, NACLIP and ResCLIP compute: the table as it is when the number
                 of patches equals the table's (also for a non-square grid), else bicubic with the scale factors
-                ((h + 0.1) / g, (w + 0.1) / g) used for the coordinates. "bilinear" (CLIPer, CLIP Surgery), "antialias" (GEM,
-                bicubic with antialiasing) and "transformers" (bicubic) resize to size=(h, w).
+                ((h + 0.1) / g, (w + 0.1) / g) used for the coordinates. "bilinear" (CLIPer, CLIP Surgery), "antialias"
+                (GEM, bicubic with antialiasing) and "transformers" (bicubic) resize to size=(h, w).
 
         Raises:
             ValueError: The rule is unknown.

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from arm_hf.modeling.dense_clip import DenseCLIP
-from arm_hf.modeling.layer_fusion_methods import balance, sharpen
+from arm_hf.modeling.layer_fusion_methods import CLIPER_OPTIONS, balance, sharpen
 from arm_hf.modeling.method import get_method
 
 # Data set -> logit scale and attention threshold of the authors' ViT-B/16 configurations.
@@ -133,3 +133,32 @@ def test_cliper_is_a_plain_restatement_on_any_clip(tiny_clip):
         expected = used[:, 1:, 1:].mean(0).T @ selected + torch.stack(probabilities).mean(0)
     grid = features.trunk.grid
     torch.testing.assert_close(scores, expected.T.unflatten(1, grid), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", ["sq64", "sq96"])
+@pytest.mark.parametrize("data_set", ["voc21", "context59", "ade150"])
+def test_gated_labels_are_the_authors(goldens, size, data_set):
+    folder, inputs, dense = goldens
+    expected = arrays_of(folder, size)
+    words = torch.from_numpy(np.concatenate([inputs["text_bg"], inputs["text"]]))
+    (decision,) = dense.segment(
+        torch.from_numpy(inputs[f"pixel_{size}"]),
+        words,
+        method="cliper",
+        method_options=CLIPER_OPTIONS[data_set, "B/16"],
+        class_of_query=[0, 0, 1, 2, 3, 4, 5],
+        background_index=0,
+        sizes=[(100, 140)],
+    )
+    np.testing.assert_array_equal(decision.labels.numpy(), expected[f"label_{data_set}_100x140"])
+
+
+def test_the_gate_needs_a_background_class(goldens):
+    _, inputs, dense = goldens
+    with pytest.raises(ValueError, match="background"):
+        dense.segment(
+            torch.from_numpy(inputs["pixel_sq64"]),
+            torch.from_numpy(inputs["text"]),
+            method="cliper",
+            method_options={"background_threshold": 0.5},
+        )
