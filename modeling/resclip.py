@@ -138,15 +138,15 @@ def _middle_blocks(settings: ResclipSettings, num_blocks: int) -> tuple[int, ...
     cost="about 1.05 of a plain image pass with RCS, 1.3 with RCS and SFR",
 )
 class Resclip(Method):
-    """ResCLIP on one of its bases; features depend on the words only with SFR."""
+    """ResCLIP on one of its bases; features depend on the words only with SFR. `settings` are a `ResclipSettings`."""
 
-    def request(self, settings: ResclipSettings, num_blocks: int) -> TrunkRequest:
+    def request(self, settings: Any, num_blocks: int) -> TrunkRequest:
         return TrunkRequest(attention_maps=_middle_blocks(settings, num_blocks), position_rule=settings.position_rule)
 
-    def needs_words(self, settings: ResclipSettings) -> bool:
+    def needs_words(self, settings: Any) -> bool:
         return settings.sfr
 
-    def patch_features(self, context: MethodContext, settings: ResclipSettings) -> Tensor:
+    def patch_features(self, context: MethodContext, settings: Any) -> Tensor:
         trunk, block = context.trunk, context.tower.last_block
         roles = {"naclip": "k", "clearclip": "q", "sclip": "qk"}[settings.base]
         *sources, value = project_heads(block, trunk.last_input, roles + "v")
@@ -184,8 +184,9 @@ class Resclip(Method):
         return (total @ value) / (1 + len(others))
 
     @staticmethod
-    def _first_labels(context: MethodContext, settings: ResclipSettings, features: Tensor) -> Tensor:
-        words = F.normalize(context.class_embeddings.to(features.dtype), dim=-1)
+    def _first_labels(context: MethodContext, settings: Any, features: Tensor) -> Tensor:
+        words: Any = context.class_embeddings  # present: see needs_words
+        words = F.normalize(words.to(features.dtype), dim=-1)
         cosines = (F.normalize(features, dim=-1) @ words.T).transpose(1, 2)
         return first_pass_labels(
             cosines.unflatten(2, context.trunk.grid),
@@ -197,7 +198,7 @@ class Resclip(Method):
         )
 
     @staticmethod
-    def _feedback(labels: Tensor, settings: ResclipSettings) -> Tensor:
+    def _feedback(labels: Tensor, settings: Any) -> Tensor:
         """tau lam M of a batch, (B, L, L)."""
         matrices = []
         for image in labels:
