@@ -44,10 +44,10 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
         ValueError: A marker pair is missing.
     """
     for name, table in tables.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", flags=re.DOTALL)
-        if not pattern.search(text):
+        found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, flags=re.DOTALL)
+        if found is None:
             raise ValueError(f"the text has no <!-- {name} --> ... <!-- /{name} --> to fill")
-        text = pattern.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+        text = f"{text[: found.start(1)]}{table}\n{text[found.end(1) :]}"
     return text
 
 

@@ -249,7 +249,7 @@ def decide(
             return (values - log_sum).exp()
         return values.sigmoid() if maps.activation == "sigmoid" else values * maps.scale
 
-    if maps.gate is not None:
+    if maps.gate is not None and background_index is not None:
         labels = labels.masked_fill(best <= 0, background_index)  # no class passed
     confidence = activate(best)
     class_scores = None if class_best is None else activate(class_best).nan_to_num(neginf=0.0)  # -inf: a wordless class

@@ -90,8 +90,7 @@ class DenseCLIP:
     @property
     def logit_scale(self) -> float:
         """CLIP's learned temperature tau = exp(logit_scale); 100, CLIP's upper bound, for an image tower alone."""
-        scale = getattr(self.clip, "logit_scale", None)
-        return 100.0 if scale is None else float(scale.detach().exp())
+        return self.tower.logit_scale
 
     def run_trunk(self, pixel_values: Tensor, request: TrunkRequest | None = None, **kwargs: Any) -> TrunkOutput:
         """One pass through blocks 1..n-1; `request` may be the union of several methods' requests."""
@@ -163,9 +162,7 @@ class DenseCLIP:
         """A method's patch features from a trunk pass that kept what the method requests."""
         if method.needs_words(settings) and class_embeddings is None:
             raise ValueError(f"method {method.name!r} needs class_embeddings: its features depend on the words")
-        context = MethodContext(
-            self.tower, trunk, class_embeddings, tuple(background_queries), outside or {}, self.logit_scale
-        )
+        context = MethodContext(self.tower, trunk, class_embeddings, tuple(background_queries), outside or {})
         patch_features = method.patch_features(context, settings)
         if patch_features.ndim == 3:
             patch_features = patch_features.unflatten(1, trunk.grid)

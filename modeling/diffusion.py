@@ -243,7 +243,9 @@ class StableDiffusionCompensation:
                 raise ValueError(f"selected_map must be in 0..{len(maps) - 1}, got {self.settings.selected_map}")
             maps = [maps[self.settings.selected_map]]
         if self.settings.mode == "mean":
-            refined = sum(self.normalise(attention()) @ coarse for attention in maps) / len(maps)
+            refined = torch.zeros_like(coarse)
+            for attention in maps:
+                refined += self.normalise(attention()) @ coarse / len(maps)
         else:
             refined = coarse
             for attention in reversed(maps):  # A_1 A_2 ... A_n S from right to left

@@ -58,7 +58,6 @@ class MethodContext:
         class_embeddings: L2-normalised query vectors, (Q, D), or None when the caller wants features only.
         background_queries: Rows of `class_embeddings` that describe the background class.
         outside: Features or maps from other models, by name (proxy features, region maps, ...).
-        logit_scale: CLIP's learned temperature.
         scratch: What `patch_features` leaves for `score_map` of the same method.
     """
 
@@ -67,8 +66,12 @@ class MethodContext:
     class_embeddings: Tensor | None = None
     background_queries: tuple[int, ...] = ()
     outside: Mapping[str, Any] = field(default_factory=dict)
-    logit_scale: float = 100.0
     scratch: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def logit_scale(self) -> float:
+        """CLIP's learned temperature."""
+        return self.tower.logit_scale
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,7 @@ class VisionTower:
         self.blocks: Sequence[Any] = vision.encoder.layers
         self.post_norm = vision.post_layernorm
         self.projection = clip.visual_projection
+        self._temperature = getattr(clip, "logit_scale", None)
 
     @property
     def num_blocks(self) -> int:
@@ -145,6 +146,11 @@ class VisionTower:
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
         return self.embeddings.patch_size
+
+    @property
+    def logit_scale(self) -> float:
+        """CLIP's learned temperature tau = exp(logit_scale); 100 for an image tower without one."""
+        return 100.0 if self._temperature is None else float(self._temperature.detach().exp())
 
     def project(self, tokens: Tensor) -> Tensor:
         """Post-LayerNorm and visual projection on every token, (B, L, W) -> (B, L, D)."""
