@@ -42,8 +42,9 @@ wheel: $(DEV_READY) ## Build the wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 	@ls -l dist/*.whl
 
-card: $(DEV_READY) ## Write the model cards anew from hub_cards/results
+card: $(DEV_READY) ## Write cards and the README's tables anew from hub_cards/results
 	$(PY) -m arm_hf.hub_cards.build_card
+	$(PY) -m arm_hf.hub_cards.readme_tables
 
 clean: ## Remove what builds, tests and the demo left (the .venv stays)
 	rm -rf build dist demo_output bench_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

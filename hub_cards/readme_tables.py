@@ -26,13 +26,13 @@ def methods_table() -> str:
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """mIoU of the embedded model on validation photos, with and without ARM, as a Markdown table."""
+    """mIoU in percent of the embedded model on validation photos, with and without ARM, as a Markdown table."""
     lines = ["| validation photos of | photos | classes present | mIoU | mIoU with ARM |", "|---|---|---|---|---|"]
     for row in rows(dict(results)):
         plain, refined = row["without_arm"], row.get("with_arm")
         lines.append(
-            f"| {row['title']} | {plain['images']} | {plain['classes_present']} | {100 * plain['miou']:.1f} | "
-            f"{'-' if refined is None else format(100 * refined['miou'], '.1f')} |"
+            f"| {row['title']} | {plain['images']} | {plain['classes_present']} | {plain['miou']:.1f} | "
+            f"{'-' if refined is None else format(refined['miou'], '.1f')} |"
         )
     return "\n".join(lines)
 

@@ -1,0 +1,29 @@
+"""The tables of the front page are what the registry and the results say today."""
+
+from pathlib import Path
+
+import pytest
+
+from arm_hf.hub_cards.build_card import HERE, read_json
+from arm_hf.hub_cards.readme_tables import fill, methods_table, results_table
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def test_the_front_page_is_up_to_date() -> None:
+    measured = read_json(HERE / "results" / "arm-clip-mini.json", "training/pretrain_mini.py --results")
+    text = README.read_text(encoding="utf-8")
+    assert fill(text, {"methods": methods_table(), "results": results_table(measured)}) == text, "run make card"
+
+
+def test_only_what_stands_between_the_markers_changes() -> None:
+    text = "before\n<!-- a -->\nold\n<!-- /a -->\nafter"
+    assert fill(text, {"a": "new"}) == "before\n<!-- a -->\nnew\n<!-- /a -->\nafter"
+    with pytest.raises(ValueError, match="b"):
+        fill(text, {"b": "new"})
+
+
+def test_a_row_gives_both_figures() -> None:
+    plain = {"images": 3, "classes_present": 2, "miou": 47.61}
+    table = results_table({"sets": {"camvid": {"without_arm": plain, "with_arm": {**plain, "miou": 48.9}}}})
+    assert "| CamVid | 3 | 2 | 47.6 | 48.9 |" in table
