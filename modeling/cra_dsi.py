@@ -247,7 +247,7 @@ def _request(settings: CraDsiSettings, num_blocks: int) -> TrunkRequest:
     "(CLIPSeg), AAAI 2025",
     reference="no code is public; written from the paper, its open points read as the docstring of cra_dsi.py says",
     summary="key-key attention of a middle layer with DBSCAN relations, values of the last three layers combined",
-    cost="about 1.1 of a plain image pass: two more feed-forward layers",
+    cost="about 1.05 of a plain image pass: two more feed-forward layers",
     request=_request,
 )
 def cra_dsi(context: MethodContext, settings: CraDsiSettings) -> Tensor:
