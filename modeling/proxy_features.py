@@ -4,9 +4,10 @@ One adapter for timm and transformers: it undoes CLIP's normalisation, applies t
 of the model, drops its prefix tokens and returns a map. The model is frozen and runs without gradients.
 
 ```python
->>> proxy = ProxyFeatures.from_timm("vit_base_patch8_224.dino")           # or
->>> proxy = ProxyFeatures.from_transformers("facebook/dinov2-base")       # or ProxyFeatures(any_loaded_vit)
->>> pipe(image, "cat, sky", method="proxyclip", outside={"proxy_features": proxy})
+from arm_hf.modeling.proxy_features import ProxyFeatures
+
+proxy = ProxyFeatures.from_timm("vit_base_patch8_224.dino")  # or from_transformers("facebook/dinov2-base")
+pipe(image, "cat, sky", method="proxyclip", outside={"proxy_features": proxy})
 ```
 """
 
@@ -152,8 +153,9 @@ class ProxyFeatures:
         return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid).to(pixel_values.device)
 
     def _run(self, pixels: Tensor) -> Any:
-        if hasattr(self.model, "forward_features"):
-            return self.model.forward_features(pixels)
+        model: Any = self.model
+        if hasattr(model, "forward_features"):
+            return model.forward_features(pixels)
         # ViTModel interpolates its position table on request, the others always do and ignore the argument.
         return self.model(pixel_values=pixels, interpolate_pos_encoding=True)
 
@@ -162,7 +164,7 @@ class ProxyFeatures:
         if not isinstance(output, Tensor):
             return output.last_hidden_state
         # timm moves the last norm behind the pooling of some models; one of the two is an identity.
-        head_norm = getattr(self.model, "fc_norm", None)
+        head_norm: Any = getattr(self.model, "fc_norm", None)
         return output if head_norm is None else head_norm(output)
 
     def _query_plus_key(self, pixels: Tensor) -> Tensor:

@@ -94,5 +94,5 @@ class RateMeter:
         """Return the averages and the seconds per step since the last call, and start again."""
         out = {key: value / max(1, self.count) for key, value in self.values.items()}
         out["s/step"] = (time.time() - self.start) / max(1, self.count)
-        self.__init__()
+        self.values, self.count, self.start = {}, 0, time.time()
         return out

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.Image import Resampling
 from tqdm.auto import tqdm
 
 IGNORE = 255
@@ -62,14 +64,14 @@ def load_photo(root: Path, dataset: str, stem: str, longest: int | None = None, 
         longest: reduce to this longer side; labels by nearest neighbour. None keeps the size.
         labels: which label folder.
     """
-    image = Image.open(root / dataset / "images" / f"{stem}.jpg").convert("RGB")
-    label = Image.open(root / dataset / labels / f"{stem}.png")
+    image: Image.Image = Image.open(root / dataset / "images" / f"{stem}.jpg").convert("RGB")
+    label: Image.Image = Image.open(root / dataset / labels / f"{stem}.png")
     if label.size != image.size:
         raise ValueError(f"{dataset}/{stem}: photo is {image.size}, label map is {label.size}")
     if longest is not None and max(image.size) > longest:
         factor = longest / max(image.size)
         size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-        image, label = image.resize(size, Image.BICUBIC), label.resize(size, Image.NEAREST)
+        image, label = image.resize(size, Resampling.BICUBIC), label.resize(size, Resampling.NEAREST)
     return Photo(dataset, stem, np.asarray(image), np.asarray(label))
 
 
@@ -81,7 +83,7 @@ def load_photos(
     if not jobs:
         raise FileNotFoundError(f"no photos: {root} holds none of {list(datasets)} with a {list_name}.txt")
     with ThreadPoolExecutor(workers) as pool:
-        todo = pool.map(lambda job: load_photo(root, *job, longest=longest), jobs)
+        todo = pool.map(lambda job: load_photo(root, job[0], job[1], longest=longest), jobs)
         return list(tqdm(todo, total=len(jobs), desc="decode", unit="photo"))
 
 
@@ -99,7 +101,7 @@ class BalancedSampler:
         self,
         photos: Sequence[Photo],
         shares: dict[str, float],
-        skip: set[tuple[str, int]] = frozenset(),
+        skip: AbstractSet[tuple[str, int]] = frozenset(),
         min_pixels: float = 0.002,
     ) -> None:
         self.members: dict[str, dict[int, list[int]]] = {}

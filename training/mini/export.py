@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def export_packed(
     """
     from arm_hf.modeling.modeling_arm import ARMModel
 
-    options = dict(arm_options)
+    options: dict[str, Any] = dict(arm_options)
     if arm_state is None:
         options["zero_init"] = True
     model = ARMModel.from_clip(clip, **options)

@@ -72,7 +72,9 @@ def build_rules(
     opened = [index[concept_of("coco_stuff171", name)] for name in open_set]
     background = {index[name] for name in BACKGROUND_CONCEPTS}
     rows: dict[str, list[Tensor]] = {"permitted0": [], "permitted1": [], "allowed0": [], "allowed1": []}
-    is_object, main, first_rule = [], [], {}
+    is_object: list[bool] = []
+    main: list[int] = []
+    first_rule: dict = {}
 
     def mask(members: set[int]) -> Tensor:
         out = torch.zeros(len(concepts), dtype=torch.bool)

@@ -162,7 +162,9 @@ def train_student(
         stop_after: end after this step without finishing (for tests of resuming).
     """
     checkpoint = work_dir / "text_student.pt"
-    tables, matrices, vectors = [], [], []
+    tables: list[torch.nn.Parameter] = []
+    matrices: list[torch.nn.Parameter] = []
+    vectors: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         kind = tables if "embedding" in name else matrices if parameter.ndim >= 2 else vectors
         kind.append(parameter)
