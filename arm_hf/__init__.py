@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .modeling.dense_clip import DenseCLIP
     from .modeling.method import Method, MethodSettings, get_method, list_methods, register_method, setting
     from .modeling.modeling_arm import ARMModel, ARMOutput
-    from .modeling.pipeline_arm import CliperPipeline, OpenVocabSegmentationPipeline, SclipPipeline
+    from .modeling.pipeline_arm import CLIPerPipeline, OpenVocabSegmentationPipeline, SclipPipeline
     from .modeling.prompts import Background, Label, parse_labels
 
 _HOMES = {
@@ -39,7 +39,7 @@ _HOMES = {
     "modeling.dense_clip": ("DenseCLIP",),
     "modeling.method": ("Method", "MethodSettings", "get_method", "list_methods", "register_method", "setting"),
     "modeling.modeling_arm": ("ARMModel", "ARMOutput"),
-    "modeling.pipeline_arm": ("CliperPipeline", "OpenVocabSegmentationPipeline", "SclipPipeline"),
+    "modeling.pipeline_arm": ("CLIPerPipeline", "OpenVocabSegmentationPipeline", "SclipPipeline"),
     "modeling.prompts": ("Background", "Label", "parse_labels"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -49,7 +49,7 @@ __all__ = [
     "ARMModel",
     "ARMOutput",
     "Background",
-    "CliperPipeline",
+    "CLIPerPipeline",
     "DEFAULT_MODEL",
     "DenseCLIP",
     "Label",

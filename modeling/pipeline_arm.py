@@ -358,7 +358,7 @@ class SclipPipeline(OpenVocabSegmentationPipeline):
     default_use_arm = False
 
 
-class CliperPipeline(OpenVocabSegmentationPipeline):
+class CLIPerPipeline(OpenVocabSegmentationPipeline):
     """CLIPer's early-layer fusion (Sun et al., ICCV 2025) on any CLIP: no ARM unless a call asks for it."""
 
     default_method = "cliper"
@@ -395,4 +395,4 @@ def _flat(values: Sequence) -> list:
     return [item for value in values for item in (value if isinstance(value, list) else [value])]
 
 
-__all__ = ["CliperPipeline", "OpenVocabSegmentationPipeline", "SclipPipeline"]
+__all__ = ["CLIPerPipeline", "OpenVocabSegmentationPipeline", "SclipPipeline"]

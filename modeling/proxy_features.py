@@ -60,7 +60,7 @@ class ProxyFeatures:
             raise ValueError(f"kind must be one of {', '.join(KINDS)} or None, got {kind!r}")
         if scale <= 0:
             raise ValueError(f"scale must be positive, got {scale}")
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self.kind, self.scale = kind, scale
         self.patch_size = _patch_size(model)
         self._attention = _last_attention(model)

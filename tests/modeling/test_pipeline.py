@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessor
 from transformers.pipelines.pt_utils import KeyDataset
 
 from arm_hf.modeling.decision import window_boxes
-from arm_hf.modeling.pipeline_arm import CliperPipeline, OpenVocabSegmentationPipeline, SclipPipeline
+from arm_hf.modeling.pipeline_arm import CLIPerPipeline, OpenVocabSegmentationPipeline, SclipPipeline
 from arm_hf.modeling.text import TextEncoder
 
 LABELS = "cat, grass, sky=blue sky|clouds"
@@ -333,7 +333,7 @@ class TestOptions:
         with pytest.raises(ValueError, match="use_arm=True, but this model is a CLIPModel without ARM"):
             pipe(photo, candidate_labels=LABELS, use_arm=True)
 
-    @pytest.mark.parametrize(("pipeline_class", "method"), [(SclipPipeline, "sclip"), (CliperPipeline, "cliper")])
+    @pytest.mark.parametrize(("pipeline_class", "method"), [(SclipPipeline, "sclip"), (CLIPerPipeline, "cliper")])
     def test_named_baselines(self, arm, tiny_clip, make_pipe, photo, pipeline_class, method):
         expected = make_pipe(tiny_clip)(photo, candidate_labels=LABELS, semantic=True, method=method)
         for model in (tiny_clip, arm):

@@ -158,42 +158,45 @@ class Evaluator:
         self.templates = templates
         self.text = TextEncoder(model.clip, tokenizer)
 
-    def maps(self, pixels: Tensor, words: Tensor, variants: Sequence[bool], features: Any) -> dict[bool, QueryMaps]:
-        """Scores with and without ARM from one pass through the tower."""
-        out = {}
+    def maps(self, features: Any, refined: Tensor | None, words: Tensor, strength: float) -> QueryMaps:
+        """Scores of one image's words from one pass through the tower.
+
+        Args:
+            features: the host's features.
+            refined: R_v, or None if no strength needs it.
+            words: E_t.
+            strength: 0 leaves ARM out, 1 is ARM as it was trained, other values multiply M_r.
+        """
         padding, size = features.trunk.padding, features.trunk.padded_size
-        if False in variants:
+        if strength == 0 or refined is None:
             scores = self.model.dense.score_map(features, words)
-            out[False] = QueryMaps(scores.values, None, None, scores.activation, scores.scale, padding, size)
-        if True in variants:
-            coarse = self.model.coarse_map(features, words)
-            refined = self.model.refinement_features(features)
-            activation = "softmax" if self.model.config.coarse_form == "logits" else "sigmoid"
-            out[True] = QueryMaps(coarse, refined, words, activation, 1.0, padding, size)
-        return out
+            return QueryMaps(scores.values, None, None, scores.activation, scores.scale, padding, size)
+        coarse = self.model.coarse_map(features, words)
+        activation = "softmax" if self.model.config.coarse_form == "logits" else "sigmoid"
+        return QueryMaps(coarse, refined * strength, words, activation, 1.0, padding, size)
 
     @torch.inference_mode()
     def run(
         self,
         tasks: Sequence[Task] = TASKS,
-        variants: Sequence[bool] = (False, True),
+        strengths: Sequence[float] = (0.0, 1.0),
         size: int | None = None,
         every: int = 1,
         method: str = "clearclip",
         longest: int = 2048,
-    ) -> dict[str, dict[bool, tuple[Confusion, tuple[str, ...]]]]:
+    ) -> dict[str, dict[float, tuple[Confusion, tuple[str, ...]]]]:
         """Measure.
 
         Args:
             tasks: what to measure; sets that are not in the data folder are skipped.
-            variants: with (True) and/or without (False) ARM.
+            strengths: factors on M_r to measure with; 0 is the host without ARM.
             size: short side of what the network sees, None for the processor's.
             every: use every n-th photo of each list, for quick looks.
             method: host method.
             longest: limit of the longer side.
 
         Returns:
-            task name -> variant -> counts and class names.
+            task name -> strength -> counts and class names.
         """
         tasks = [task for task in tasks if (self.root / task.dataset).is_dir()]
         vocabularies = {task.name: task_vocabulary(task, self.root) for task in tasks}
@@ -202,7 +205,7 @@ class Evaluator:
             for name, vocabulary in vocabularies.items()
         }
         counts = {
-            task.name: {v: Confusion.empty(vocabularies[task.name].num_classes) for v in variants} for task in tasks
+            task.name: {s: Confusion.empty(vocabularies[task.name].num_classes) for s in strengths} for task in tasks
         }
         members = {task.name: set(read_list(self.root, task.dataset, task.list_name)[::every]) for task in tasks}
         for task in tasks:
@@ -219,14 +222,15 @@ class Evaluator:
             photo = load_photo(self.root, dataset, stem)
             pixels = self.processor(images=Image.fromarray(photo.image), **options)["pixel_values"]
             features = self.model.features(pixels, method)
-            predictions: dict[tuple[str, bool], np.ndarray] = {}
+            refined = self.model.refinement_features(features) if any(strengths) else None
+            predictions: dict[tuple[str, float], np.ndarray] = {}
             for task in wanted:
                 truth = task_truth(task, photo.label)
                 near = border_mask(truth)
                 source = task.subset_of or task.name
-                for variant in variants:
-                    if (source, variant) not in predictions:
-                        maps = self.maps(pixels, words[source], [variant], features)[variant]
+                for strength in strengths:
+                    if (source, strength) not in predictions:
+                        maps = self.maps(features, refined, words[source], strength)
                         image_size = (pixels.shape[-2], pixels.shape[-1])
                         decision = decide(
                             maps,
@@ -236,18 +240,20 @@ class Evaluator:
                             num_classes=vocabularies[source].num_classes,
                             output_size=photo.label.shape,
                         )
-                        predictions[source, variant] = decision.labels.numpy()
-                    counts[task.name][variant].add(truth, predictions[source, variant], near)
+                        predictions[source, strength] = decision.labels.numpy()
+                    counts[task.name][strength].add(truth, predictions[source, strength], near)
         return {
-            name: {v: (c, tuple(vocabularies[name].id2label.values())) for v, c in by_variant.items()}
-            for name, by_variant in counts.items()
+            name: {s: (c, tuple(vocabularies[name].id2label.values())) for s, c in by_strength.items()}
+            for name, by_strength in counts.items()
         }
 
 
-def results_table(results: Mapping[str, Mapping[bool, tuple[Confusion, tuple[str, ...]]]]) -> dict[str, dict]:
+def results_table(results: Mapping[str, Mapping[float, tuple[Confusion, tuple[str, ...]]]]) -> dict[str, dict]:
     """The numbers as plain containers: task -> {"without_arm": {...}, "with_arm": {...}}."""
-    label = {False: "without_arm", True: "with_arm"}
+    label = {0.0: "without_arm", 1.0: "with_arm"}
     return {
-        name: {label[v]: {**c.summary(), "iou": c.per_class(names)} for v, (c, names) in by_variant.items()}
-        for name, by_variant in results.items()
+        name: {
+            label.get(s, str(s)): {**c.summary(), "iou": c.per_class(names)} for s, (c, names) in by_strength.items()
+        }
+        for name, by_strength in results.items()
     }

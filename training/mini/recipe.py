@@ -83,7 +83,7 @@ class RecipeOptions:
             "ffn_ratio": None,
             "coarse_form": "logits",
             "loss": "cross_entropy",
-            "zero_init": True,
+            "refinement_scale": 1.0,
         }
     )
     text: TextStage = field(default_factory=TextStage)
@@ -91,10 +91,10 @@ class RecipeOptions:
     vision_b: VisionStage = field(
         default_factory=lambda: VisionStage(
             name="vision_b",
-            steps=200,
+            steps=320,
             size=322,
-            lr_last=1.5e-4,
-            lr_blocks=1e-4,
+            lr_last=2e-4,
+            lr_blocks=1.3e-4,
             lr_projection=3e-4,
             batch_size=8,
             warmup=15,

@@ -83,7 +83,8 @@ def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     import json
 
     rules = json.loads(tokenizer.to_str())["model"]["merges"]
-    return [tuple(rule) if not isinstance(rule, str) else tuple(rule.split(" ")) for rule in rules]
+    pairs = (rule.split(" ") if isinstance(rule, str) else rule for rule in rules)
+    return [(left, right) for left, right in pairs]
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -42,9 +42,9 @@ class ArmStage:
         seed: of views and batches.
     """
 
-    views: int = 480
+    views: int = 320
     size: int = 280
-    steps: int = 500
+    steps: int = 350
     batch_size: int = 6
     pixels: float = 0.3
     lr: float = 1e-3
