@@ -139,7 +139,7 @@ def correlate(features: Tensor, values: Tensor, scale: float, keep: Keep) -> Ten
     paper="Lan et al., ProxyCLIP: Proxy Attention Improves CLIP for Open-Vocabulary Segmentation, ECCV 2024",
     reference="ProxyCLIP code e7b767f, with its transposed token grid of non-square images put right",
     summary='attention from the patch similarities of another vision model; needs outside["proxy_features"]',
-    cost="below 1.0 of a plain image pass, and one pass of the other model",
+    cost="about 1.0 of a plain image pass (1.15 on a grid twice as fine), and one pass of the other model",
 )
 def proxyclip(context: MethodContext, settings: ProxyClipSettings) -> Tensor:
     """Proxy attention instead of the last block's own; no residual, no feed-forward layer, no CLS.
@@ -218,7 +218,7 @@ def region_tokens(context: MethodContext, regions: Tensor, grid: tuple[int, int]
     "Segmentation, ICCV 2025",
     reference="CorrCLIP code 103bc18, folder CorrCLIPv1, for any batch and shape",
     summary='attention inside merged regions; needs outside["proxy_features"] and outside["regions"]',
-    cost="about 1.1 of a plain image pass, and what the other model and the regions cost",
+    cost="about 1.0 of a plain image pass (1.2 on a grid twice as fine), and the other model and the regions",
 )
 class CorrClip(Method):
     """CorrCLIP. The result lies on the other model's grid, (B, h, w, D).
