@@ -94,6 +94,8 @@ class BalancedSampler:
         photos: the training photos.
         shares: set -> share of the views; missing sets are skipped and the rest rescaled.
         skip: (set, class) pairs that are never chosen as the wanted class, e.g. the background.
+        class_power: a class is drawn in proportion to its number of photos to this power: 0 draws rare classes as often
+            as common ones, 1 draws photos evenly.
         min_pixels: share of a photo that a class must cover to count as shown.
     """
 
@@ -102,6 +104,7 @@ class BalancedSampler:
         photos: Sequence[Photo],
         shares: dict[str, float],
         skip: AbstractSet[tuple[str, int]] = frozenset(),
+        class_power: float = 0.4,
         min_pixels: float = 0.002,
     ) -> None:
         self.members: dict[str, dict[int, list[int]]] = {}
@@ -113,10 +116,9 @@ class BalancedSampler:
         self.sets = [name for name in shares if name in self.members]
         share = np.array([shares[name] for name in self.sets])
         self.share = share / share.sum()
-        # between uniform over classes and proportional to their photos: a class with one photo is not drawn all day
         self.class_share = {}
         for name in self.sets:
-            weight = np.array([len(members) for members in self.members[name].values()], dtype=float) ** 0.4
+            weight = np.array([len(members) for members in self.members[name].values()], dtype=float) ** class_power
             self.class_share[name] = weight / weight.sum()
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from .train_vision import VisionStage, train_vision
 from .vision_tower import build_clip_vision, read_onnx_weights
 from .vocabulary import READABLE, concept_words, readable, spelling_variants
 
-STAGES = ("words", "text", "vision_a", "vision_b", "clip", "arm", "export", "evaluate")
+STAGES = ("words", "text", "vision_a", "vision_b", "vision_c", "clip", "arm", "export", "evaluate")
 TEMPLATES = tuple(dict.fromkeys([*IMAGENET_TEMPLATES, *CLIPER_TEMPLATES, *SINGLE_TEMPLATE, "a photo of a {}"]))
 BACKGROUND_LABELS = {("voc2012", 0), ("voc2012_extra", 0), ("coco_object", 0)}
 
@@ -59,6 +59,7 @@ class RecipeOptions:
         text: options of the text stage.
         vision_a: first vision stage, on the teacher's words.
         vision_b: second vision stage, larger views, on the student's words.
+        vision_c: third vision stage, rare classes as often as common ones.
         arm_stage: options of ARM's training.
     """
 
@@ -98,6 +99,11 @@ class RecipeOptions:
             lr_projection=3e-4,
             batch_size=8,
             warmup=15,
+        )
+    )
+    vision_c: VisionStage = field(
+        default_factory=lambda: VisionStage(
+            name="vision_c", steps=240, lr_blocks=2e-4, batch_size=12, warmup=15, class_power=0.0
         )
     )
     arm_stage: ArmStage = field(default_factory=ArmStage)
@@ -282,8 +288,9 @@ class Recipe:
         if start is not None:
             tower.load_state_dict(start["tower"])
             scale = start["logit_scale"]
+        sampler = BalancedSampler(self.photos, TRAIN_SETS, BACKGROUND_LABELS, stage.class_power)
         state, scale = train_vision(
-            tower, scale, self.photos, self.sampler, self.rules(), words, self.negatives(), stage, self.work
+            tower, scale, self.photos, sampler, self.rules(), words, self.negatives(), stage, self.work
         )
         save_atomic({"tower": state, "logit_scale": scale}, final)
 
@@ -296,9 +303,14 @@ class Recipe:
         start = load_tensors(self.work / "vision_a_final.pt")
         self._train_vision(replace(self.options.vision_b, seed=self.options.seed + 1), start, self.student_words())
 
+    def stage_vision_c(self) -> None:
+        """Small views again, every class equally often: `vision_c_final.pt`."""
+        start = load_tensors(self.work / "vision_b_final.pt")
+        self._train_vision(replace(self.options.vision_c, seed=self.options.seed + 2), start, self.student_words())
+
     def stage_clip(self) -> None:
         """The plain `CLIPModel` in full precision: `clip/`."""
-        saved = load_tensors(self.work / "vision_b_final.pt")
+        saved = load_tensors(self.work / "vision_c_final.pt")
         text = CLIPTextModelWithProjection.from_pretrained(self.work / "text_student")
         clip = assemble_clip(self.converted_tower(), text, saved["logit_scale"], saved["tower"])
         save_clip(self.work / "clip", clip, self.tokenizer, self.options.shortest_edge)

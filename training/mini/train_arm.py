@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .common import RateMeter, cosine_factor, load_tensors, logger, save_atomic
 from .crops import CropOptions, draw_batch
 from .data import IGNORE, BalancedSampler, Photo
-from .targets import ConceptWords, RuleTable, words_nll
+from .targets import ConceptWords, Regions, RuleTable, words_nll
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,11 @@ def train_arm(
         valid = rule >= 0
         rule, form, logits = rule[valid], form[valid], logits[valid]
         nll = words_nll(logits, table.permitted[form, rule], table.allowed[form, rule])
-        loss = nll.mean()
+        # every label of a view counts by the root of its area; evenly weighted pixels would unlearn small classes
+        view = torch.arange(len(views))[:, None].expand_as(valid)[valid]
+        regions = Regions.group(view, rule, len(table.is_object))
+        weight = regions.area.float().rsqrt()[regions.of_sample]
+        loss = (nll * weight).sum() / weight.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(arm.parameters(), 1.0)

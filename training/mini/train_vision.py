@@ -39,6 +39,7 @@ class VisionStage:
         region_weight: weight of the region term.
         image_weight: weight of the image-level term.
         open_probability: share of the views with the open word list.
+        class_power: see `BalancedSampler`.
         negatives: random everyday words as further wrong answers in the open form.
         save_every: steps between checkpoints.
         seed: of views, tokens and words.
@@ -61,6 +62,7 @@ class VisionStage:
     region_weight: float = 0.5
     image_weight: float = 0.3
     open_probability: float = 0.5
+    class_power: float = 0.4
     negatives: int = 128
     save_every: int = 25
     seed: int = 0
