@@ -130,7 +130,8 @@ class ARMModel(PreTrainedModel):
             options.setdefault("clip_revision", revision)
             clip = _load_clip(clip, revision, **loading)
         clip_config = copy.deepcopy(clip.config)
-        clip_config.name_or_path = ""  # a folder of this machine has no place in a checkpoint
+        for part in (clip_config, clip_config.text_config, clip_config.vision_config):
+            part.name_or_path = ""  # a folder of this machine has no place in a checkpoint
         config = ARMConfig(clip_config=clip_config, **options)
         config._attn_implementation = clip.config._attn_implementation
         return cls(config, clip=clip).to(clip.dtype)
