@@ -28,19 +28,27 @@ if TYPE_CHECKING:
     from .label_sets import list_label_sets, load_label_set
     from .modeling.configuration_arm import ARMConfig
     from .modeling.dense_clip import DenseCLIP
+    from .modeling.diffusion import CompensationSettings, StableDiffusionCompensation
+    from .modeling.layer_fusion_methods import CLIPER_OPTIONS
     from .modeling.method import Method, MethodSettings, get_method, list_methods, register_method, setting
     from .modeling.modeling_arm import ARMModel, ARMOutput
     from .modeling.pipeline_arm import CLIPerPipeline, OpenVocabSegmentationPipeline, SclipPipeline
     from .modeling.prompts import Background, Label, parse_labels
+    from .modeling.proxy_features import ProxyFeatures
+    from .modeling.regions import MaskGenerator, correct_labels, regions_from_masks
 
 _HOMES = {
     "label_sets": ("list_label_sets", "load_label_set"),
     "modeling.configuration_arm": ("ARMConfig",),
     "modeling.dense_clip": ("DenseCLIP",),
+    "modeling.diffusion": ("CompensationSettings", "StableDiffusionCompensation"),
+    "modeling.layer_fusion_methods": ("CLIPER_OPTIONS",),
     "modeling.method": ("Method", "MethodSettings", "get_method", "list_methods", "register_method", "setting"),
     "modeling.modeling_arm": ("ARMModel", "ARMOutput"),
     "modeling.pipeline_arm": ("CLIPerPipeline", "OpenVocabSegmentationPipeline", "SclipPipeline"),
     "modeling.prompts": ("Background", "Label", "parse_labels"),
+    "modeling.proxy_features": ("ProxyFeatures",),
+    "modeling.regions": ("MaskGenerator", "correct_labels", "regions_from_masks"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -49,20 +57,27 @@ __all__ = [
     "ARMModel",
     "ARMOutput",
     "Background",
+    "CLIPER_OPTIONS",
     "CLIPerPipeline",
+    "CompensationSettings",
     "DEFAULT_MODEL",
     "DenseCLIP",
     "Label",
+    "MaskGenerator",
     "Method",
     "MethodSettings",
     "OpenVocabSegmentationPipeline",
+    "ProxyFeatures",
     "SclipPipeline",
+    "StableDiffusionCompensation",
     "__version__",
+    "correct_labels",
     "get_method",
     "list_label_sets",
     "list_methods",
     "load_label_set",
     "parse_labels",
+    "regions_from_masks",
     "register_method",
     "resolve_model",
     "setting",
