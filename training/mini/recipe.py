@@ -84,7 +84,7 @@ class RecipeOptions:
             "ffn_ratio": None,
             "coarse_form": "logits",
             "loss": "cross_entropy",
-            "refinement_scale": 1.0,
+            "refinement_scale": 0.3,  # chosen on val
         }
     )
     text: TextStage = field(default_factory=TextStage)
@@ -107,6 +107,18 @@ class RecipeOptions:
         )
     )
     arm_stage: ArmStage = field(default_factory=ArmStage)
+
+
+def average_states(saved: list[dict]) -> dict:
+    """Mean of the weights of vision stages that started from one another.
+
+    Args:
+        saved: dicts with `tower` (a state dict) and `logit_scale`.
+    """
+    towers = [item["tower"] for item in saved]
+    tower = {name: torch.stack([t[name].float() for t in towers]).mean(0) for name in towers[0]}
+    tower = {name: value.to(towers[0][name].dtype) for name, value in tower.items()}
+    return {"tower": tower, "logit_scale": sum(item["logit_scale"] for item in saved) / len(saved)}
 
 
 class Recipe:
@@ -309,8 +321,8 @@ class Recipe:
         self._train_vision(replace(self.options.vision_c, seed=self.options.seed + 2), start, self.student_words())
 
     def stage_clip(self) -> None:
-        """The plain `CLIPModel` in full precision: `clip/`."""
-        saved = load_tensors(self.work / "vision_c_final.pt")
+        """The plain `CLIPModel` in full precision, the mean of the last two vision stages: `clip/`."""
+        saved = average_states([load_tensors(self.work / f"vision_{x}_final.pt") for x in "bc"])
         text = CLIPTextModelWithProjection.from_pretrained(self.work / "text_student")
         clip = assemble_clip(self.converted_tower(), text, saved["logit_scale"], saved["tower"])
         save_clip(self.work / "clip", clip, self.tokenizer, self.options.shortest_edge)
@@ -324,7 +336,7 @@ class Recipe:
         from arm_hf.modeling.modeling_arm import ARMModel
 
         clip = CLIPModel.from_pretrained(self.work / "clip").eval()
-        model = ARMModel.from_clip(clip, **self.options.arm).eval()
+        model = ARMModel.from_clip(clip, **{**self.options.arm, "refinement_scale": 1.0}).eval()
         stage, rules = self.options.arm_stage, self.rules()
         pool = encode_views(model, self.photos, self.sampler, rules, stage, self.work)
         scale = float(clip.logit_scale.exp())
