@@ -22,7 +22,7 @@ import torch
 if importlib.util.find_spec("arm_hf") is None:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arm_hf.training.mini.recipe import STAGES, Recipe, RecipeOptions  # noqa: E402
+from arm_hf.training.mini.recipe import STAGES, Recipe, RecipeOptions
 
 # Freed memory goes back to the system and is cleared again at every step unless glibc is told otherwise; on CPU this
 # costs up to half of the time. Read at process start only, hence the restart in `main`.
