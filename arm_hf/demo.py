@@ -67,13 +67,13 @@ def _drawing() -> Image.Image:
 # The first of each row that can be read is used.
 PHOTOS: tuple[tuple[DemoPhoto, ...], ...] = (
     (
-        DemoPhoto("cat", "cat, wall, blanket", lambda: _shared("cat_chelsea.jpg")),
-        DemoPhoto("cat", "cat, wall, blanket", _chelsea),
+        DemoPhoto("temple", "temple, tree, sky", lambda: _shared("china_temple.jpg")),
+        DemoPhoto("temple", "temple, tree, sky", _temple),
         DemoPhoto("scene", "sky, grass, road", _drawing),
     ),
     (
-        DemoPhoto("street", "bus, car, road, grass, tree", lambda: _shared("street_buses.jpg")),
-        DemoPhoto("temple", "building=temple|house, tree=bush|plant, sky, person", _temple),
+        DemoPhoto("dog", "dog, grass, tree", lambda: _shared("dog_frisbee.jpg")),
+        DemoPhoto("cat", "cat, wall", _chelsea),
     ),
 )
 
