@@ -88,7 +88,7 @@ setup(
     package_data={
         "arm_hf": ["py.typed", "assets/**/*"],
         "arm_hf.training": ["configs/*.yaml"],
-        "arm_hf.hub_cards": ["*.md", "templates/*", "results/*.json"],
+        "arm_hf.hub_cards": ["*.md", "templates/*", "results/*.json", "pictures/*"],
     },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
