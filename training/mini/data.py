@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 IGNORE = 255
 # share of the training views that a set supplies
 TRAIN_SETS = {
-    "voc2012": 0.30,
-    "voc2012_extra": 0.08,
+    "voc2012": 0.32,
+    "voc2012_extra": 0.09,
     "coco_stuff171": 0.20,
-    "coco_object": 0.13,
-    "msrc": 0.15,
-    "camvid": 0.11,
+    "coco_object": 0.11,
+    "msrc": 0.18,
+    "camvid": 0.07,
     "ade20k150": 0.03,
 }
 

@@ -30,7 +30,7 @@ from .train_vision import VisionStage, train_vision
 from .vision_tower import build_clip_vision, read_onnx_weights
 from .vocabulary import READABLE, concept_words, readable, spelling_variants
 
-STAGES = ("words", "text", "vision_a", "vision_b", "vision_c", "clip", "arm", "export", "evaluate")
+STAGES = ("words", "text", "vision_a", "vision_b", "vision_c", "vision_d", "clip", "arm", "export", "evaluate")
 TEMPLATES = tuple(dict.fromkeys([*IMAGENET_TEMPLATES, *CLIPER_TEMPLATES, *SINGLE_TEMPLATE, "a photo of a {}"]))
 BACKGROUND_LABELS = {("voc2012", 0), ("voc2012_extra", 0), ("coco_object", 0)}
 
@@ -60,6 +60,7 @@ class RecipeOptions:
         vision_a: first vision stage, on the teacher's words.
         vision_b: second vision stage, larger views, on the student's words.
         vision_c: third vision stage, rare classes as often as common ones.
+        vision_d: last and longest vision stage, from the mean of the two before it; background as it is decided later.
         arm_stage: options of ARM's training.
     """
 
@@ -104,6 +105,23 @@ class RecipeOptions:
     vision_c: VisionStage = field(
         default_factory=lambda: VisionStage(
             name="vision_c", steps=240, lr_blocks=2e-4, batch_size=12, warmup=15, class_power=0.0
+        )
+    )
+    vision_d: VisionStage = field(
+        default_factory=lambda: VisionStage(
+            name="vision_d",
+            steps=1600,
+            size=280,
+            keep=0.4,
+            batch_size=12,
+            lr_blocks=2e-4,
+            lr_projection=6e-4,
+            ema=0.995,
+            class_power=0.2,
+            min_zoom=0.45,
+            open_probability=0.4,
+            background_weight=1.5,
+            background_by_best=True,
         )
     )
     arm_stage: ArmStage = field(default_factory=ArmStage)
@@ -320,9 +338,14 @@ class Recipe:
         start = load_tensors(self.work / "vision_b_final.pt")
         self._train_vision(replace(self.options.vision_c, seed=self.options.seed + 2), start, self.student_words())
 
+    def stage_vision_d(self) -> None:
+        """From the mean of the two stages before, longer: `vision_d_final.pt`."""
+        start = average_states([load_tensors(self.work / f"vision_{x}_final.pt") for x in "bc"])
+        self._train_vision(replace(self.options.vision_d, seed=self.options.seed + 3), start, self.student_words())
+
     def stage_clip(self) -> None:
-        """The plain `CLIPModel` in full precision, the mean of the last two vision stages: `clip/`."""
-        saved = average_states([load_tensors(self.work / f"vision_{x}_final.pt") for x in "bc"])
+        """The plain `CLIPModel` in full precision: `clip/`."""
+        saved = load_tensors(self.work / "vision_d_final.pt")
         text = CLIPTextModelWithProjection.from_pretrained(self.work / "text_student")
         clip = assemble_clip(self.converted_tower(), text, saved["logit_scale"], saved["tower"])
         save_clip(self.work / "clip", clip, self.tokenizer, self.options.shortest_edge)

@@ -155,20 +155,26 @@ class ConceptWords:
         return self.table[self.starts + torch.where(main, 0, pick)]
 
 
-def words_nll(logits: Tensor, permitted: Tensor, allowed: Tensor) -> Tensor:
+def words_nll(logits: Tensor, permitted: Tensor, allowed: Tensor, by_best: Tensor | None = None) -> Tensor:
     """``logsumexp(allowed) - logsumexp(permitted)`` per row.
 
     Args:
         logits: (N, C) scaled cosines.
         permitted: (N, C) bool.
-        allowed: (N, C) bool.
+        allowed: (N, C) bool, a superset of `permitted`.
+        by_best: (N,) bool, rows in which the best permitted word alone stands for all permitted ones, as it does when a
+            label of several words is decided by its best word.
 
     Returns:
         (N,) non-negative losses.
     """
     low = torch.finfo(logits.dtype).min
-    right = logits.masked_fill(~permitted, low).logsumexp(dim=1)
-    return logits.masked_fill(~allowed, low).logsumexp(dim=1) - right
+    permitted_logits = logits.masked_fill(~permitted, low)
+    right = permitted_logits.logsumexp(dim=1)
+    if by_best is not None:
+        right = torch.where(by_best, permitted_logits.amax(dim=1), right)
+    wrong = logits.masked_fill(~allowed | permitted, low).logsumexp(dim=1)
+    return F.softplus(wrong - right)
 
 
 @dataclass
@@ -219,6 +225,8 @@ def dense_and_image_loss(
     extra_words: Tensor,
     scale: Tensor,
     views_samples: int,
+    background_weight: float = 1.0,
+    background_by_best: bool = False,
 ) -> LossParts:
     """All losses of one step, without a loop over regions.
 
@@ -233,6 +241,8 @@ def dense_and_image_loss(
         extra_words: (K, D) unit vectors of words that nothing in the pictures is called; wrong in the open form.
         scale: factor of the cosines.
         views_samples: samples of a whole view; regions below 1.5 % of it do not count for the image-level loss.
+        background_weight: factor on the weights of "background" patches and regions.
+        background_by_best: decide "background" in the closed form by its best word, as the finished model does.
 
     Returns:
         Mean losses: per patch with weight area^-0.5, per region on the mean feature, and per (image, object) on the
@@ -247,13 +257,17 @@ def dense_and_image_loss(
     allowed = torch.cat([table.allowed[form, regions.rule], extra], dim=1)
 
     of = regions.of_sample
-    nll = words_nll(scale * features @ all_words.T, permitted[of], allowed[of])
-    weight = regions.area.float().rsqrt()
+    is_background = ~table.is_object[regions.rule]
+    by_best = is_background & (form == 0) if background_by_best else None
+    emphasis = torch.where(is_background, background_weight, 1.0)
+    patch_by_best = None if by_best is None else by_best[of]
+    nll = words_nll(scale * features @ all_words.T, permitted[of], allowed[of], patch_by_best)
+    weight = regions.area.float().rsqrt() * emphasis
     patch_loss = (nll * weight[of]).sum() / weight[of].sum()
 
     pooled = F.normalize(regions.mean(features), dim=-1)
-    weight = regions.area.float().pow(0.25)
-    region_nll = words_nll(scale * pooled @ all_words.T, permitted, allowed)
+    weight = regions.area.float().pow(0.25) * emphasis
+    region_nll = words_nll(scale * pooled @ all_words.T, permitted, allowed, by_best)
     region_loss = (region_nll * weight).sum() / weight.sum()
 
     shown = table.is_object[regions.rule] & (regions.area >= 0.015 * views_samples)

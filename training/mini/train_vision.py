@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPVisionModelWithProjection
 
 from .common import RateMeter, cosine_factor, load_tensors, logger, save_atomic
-from .crops import CropOptions, draw_batch
+from .crops import Batch, CropOptions, draw_batch
 from .data import IGNORE, BalancedSampler, Photo
 from .targets import ConceptWords, RuleTable, dense_and_image_loss
 
@@ -40,6 +41,9 @@ class VisionStage:
         image_weight: weight of the image-level term.
         open_probability: share of the views with the open word list.
         class_power: see `BalancedSampler`.
+        min_zoom: see `CropOptions`.
+        background_weight: see `dense_and_image_loss`.
+        background_by_best: see `dense_and_image_loss`.
         negatives: random everyday words as further wrong answers in the open form.
         save_every: steps between checkpoints.
         seed: of views, tokens and words.
@@ -63,6 +67,9 @@ class VisionStage:
     image_weight: float = 0.3
     open_probability: float = 0.5
     class_power: float = 0.4
+    min_zoom: float = 0.4
+    background_weight: float = 1.0
+    background_by_best: bool = False
     negatives: int = 128
     save_every: int = 25
     seed: int = 0
@@ -235,7 +242,7 @@ def train_vision(
         average = [value.clone() for value in saved["average"]]
         optimizer.load_state_dict(saved["optimizer"])
     names = {id(p): name for name, p in tower.named_parameters()}
-    options = CropOptions(size=stage.size)
+    options = CropOptions(size=stage.size, min_zoom=stage.min_zoom)
     patch = tower.config.patch_size
     meter = RateMeter()
     end = stage.steps if stop_after is None else min(stage.steps, stop_after)
@@ -253,9 +260,15 @@ def train_vision(
             checkpoint,
         )
 
+    def draw(step: int) -> Future[Batch]:
+        seed = stage.seed * 1_000_003 + step
+        return ahead.submit(draw_batch, photos, sampler, options, stage.batch_size, patch, seed)
+
+    ahead = ThreadPoolExecutor(1)  # the next batch is drawn while this one is computed
+    coming = draw(start)
     for step in bar:
         generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
-        batch = draw_batch(photos, sampler, options, stage.batch_size, patch, stage.seed * 1_000_003 + step)
+        batch, coming = coming.result(), draw(step + 1)
         tokens = path.lower(batch.pixels)
         index, labels = sample_patches(batch.labels, stage.size, patch, stage.keep, generator)
         gathered = tokens[:, 1:].gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -275,6 +288,8 @@ def train_vision(
             negatives[chosen],
             scale.exp().clamp(max=100.0),
             labels.shape[1],
+            stage.background_weight,
+            stage.background_by_best,
         )
         loss = parts.patch + stage.region_weight * parts.region + stage.image_weight * parts.image
         optimizer.zero_grad(set_to_none=True)
@@ -292,6 +307,7 @@ def train_vision(
             logger.info("%s %d/%d %s scale %.1f", stage.name, step + 1, stage.steps, numbers, scale.exp().item())
         if (step + 1) % stage.save_every == 0 or step + 1 == end:
             save(step + 1)
+    ahead.shutdown(cancel_futures=True)
     state = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
     for parameter, value in zip(trained, average, strict=True):
         if id(parameter) in names:

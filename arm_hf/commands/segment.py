@@ -1,0 +1,171 @@
+"""`arm-hf segment`: label maps, legends and overlays of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from arm_hf import DEFAULT_MODEL
+
+from .common import ExitCode, one_line_errors, quiet_libraries
+
+# With more pictures than this a progress bar takes the place of the tables.
+_FEW_PICTURES = 5
+
+
+def segment(
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGES", help="Image files, folders of them, or http(s) addresses.")
+    ],
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help='What to look for: "cat, dog=puppy|hound, sky". Synonyms after = or |; the best word of a label '
+            "counts.",
+        ),
+    ] = None,
+    labels_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SET|FILE",
+            help="A label set of the literature (see `arm-hf labels`) or a text file with one label on each line. "
+            "Labels of both options are joined.",
+        ),
+    ] = None,
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the results: NAME.png (label map), NAME.json (legend, shares, scores), NAME_overlay.png.",
+        ),
+    ] = "segmented",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there already.")] = False,
+    model: Annotated[
+        str,
+        typer.Option(help="The embedded model, a local folder, or a hub id; an ARM checkpoint or a plain CLIP."),
+    ] = DEFAULT_MODEL,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Training-free method (see `arm-hf methods`).  [default: the model's]")
+    ] = None,
+    method_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A setting of the method, such as gaussian_std=5. May be repeated."),
+    ] = None,
+    arm: Annotated[
+        bool | None,
+        typer.Option("--arm/--no-arm", help="Refine the method's map with ARM.  [default: if the model has one]"),
+    ] = None,
+    background: Annotated[
+        str | None,
+        typer.Option(
+            help='What is none of the labels: "none", a probability below which a pixel is background ("0.3"), words '
+            '("sky|wall"), or both ("0.3|sky|wall").  [default: the model\'s]'
+        ),
+    ] = None,
+    templates: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Sentences the words are put into: imagenet80, cliper15, single, or your own, such as "a photo of a '
+            "{}.\" (then it may be repeated).  [default: the model's]"
+        ),
+    ] = None,
+    logit_scale: Annotated[
+        float | None, typer.Option(help="Factor on the cosines inside the softmax.  [default: the method's]")
+    ] = None,
+    pamr: Annotated[
+        int | None, typer.Option(help="Rounds of PAMR, which fits the map to the photo's colours; NACLIP uses 10.")
+    ] = None,
+    compensation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID|DIR", help="A Stable Diffusion checkpoint whose self-attention sharpens the map, as in CLIPer."
+        ),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Shorter side in pixels that the network sees.  [default: the model's]")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Side of a sliding window in those pixels.  [default: the whole picture]")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Step of the window.  [default: half of it]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 1,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...  [default: an accelerator if there is one]")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto: as the model was saved.")
+    ] = "float32",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error comes from, for a bug report.")
+    ] = False,
+) -> None:
+    """Segment pictures: a label map, a legend and an overlay for each.
+
+    Pictures that cannot be read are skipped and listed at the end; the exit code is then 1.
+    """
+    with one_line_errors(traceback):
+        from arm_hf.folders import collect_images, plan_outputs
+        from arm_hf.label_sets import labels_from as read_labels
+        from arm_hf.modeling.prompts import parse_labels
+
+        if labels is None and labels_from is None:
+            raise ValueError('say what to look for: --labels "cat, dog, sky" or --labels-from voc21')
+        wanted = [] if labels_from is None else list(read_labels(labels_from))
+        wanted += [] if labels is None else parse_labels(labels)
+        parsed = parse_labels(wanted)
+        files = collect_images(images, out)
+        plan = plan_outputs(files, out, overwrite)
+
+        from arm_hf.segmenting import RunSettings, load_pipeline, parse_options, segment_files
+
+        settings = RunSettings(
+            labels=parsed,
+            background=background,
+            method=method,
+            method_options=parse_options(method_option or []),
+            use_arm=arm,
+            templates=templates[0] if templates and len(templates) == 1 else templates or None,
+            window=window,
+            stride=stride,
+            size=size,
+            logit_scale=logit_scale,
+            pamr=pamr,
+            compensation=compensation,
+            batch_size=batch_size,
+        )
+        quiet_libraries()
+        pipe = load_pipeline(model, revision, device, dtype, trust_remote_code)
+        results = segment_files(pipe, files, plan, settings, model)
+        skipped = _report(results, len(files), out)
+    if skipped:
+        raise typer.Exit(ExitCode.INCOMPLETE)
+
+
+def _report(results: Iterator[Any], total: int, out: str) -> int:
+    """Print what becomes of the pictures; return how many were skipped."""
+    from tqdm import tqdm
+
+    from arm_hf.segmenting import Skipped
+
+    written, skipped = 0, []
+    with tqdm(results, total=total, unit="image", disable=total <= _FEW_PICTURES or None) as bar:
+        for result in bar:
+            if isinstance(result, Skipped):
+                skipped.append(result)
+                continue
+            written += 1
+            if total <= _FEW_PICTURES:
+                typer.echo(f"{result.file.name}  {result.size[0]} x {result.size[1]}  ->  {result.outputs.overlay}")
+                longest = max(len(segment.label) for segment in result.segments)
+                for segment, score in zip(result.segments, result.scores, strict=True):
+                    typer.echo(f"  {segment.label:<{longest}}  {100 * segment.share:5.1f}%  score {score:.2f}")
+    typer.echo(f"{written} of {total} {'picture' if total == 1 else 'pictures'} segmented, results in {out}")
+    for result in skipped:
+        typer.echo(f"arm-hf: skipped: {result.reason}", err=True)
+    return len(skipped)
