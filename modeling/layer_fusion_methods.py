@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import attention_map, merge_heads, split_heads
+from .cliper_windows import run_windows, window_probabilities
 from .method import Method, MethodContext, MethodSettings, ScoreGate, ScoreMap, register_method, setting
 from .trunk import TrunkRequest
 
@@ -79,6 +80,10 @@ class CliperSettings(MethodSettings):
         None, "least value of a pixel that is not background (the code's bkg_thre); None leaves the gate out"
     )
     normalise_scores: bool = setting(False, "with background_threshold: stretch every class to 0..1 before it")
+    window: int | None = setting(
+        None, "side in pixels of windows whose scores are mixed in; 224 or 336 in some configs, None for none"
+    )
+    window_stride: int = setting(112, "step of these windows in pixels; at most the window's side")
     mean_row: bool = setting(True, "add the mean of the foreground words to the softmax, as the code does")
 
     def __post_init__(self) -> None:
@@ -88,6 +93,10 @@ class CliperSettings(MethodSettings):
             raise ValueError(f"attention_threshold must be in [0, 1), got {self.attention_threshold}")
         if self.select_stream >= 0:
             raise ValueError(f"select_stream counts from the end and must be negative, got {self.select_stream}")
+        if self.window_stride < 1 or (self.window is not None and self.window < 1):
+            raise ValueError(
+                f"window and window_stride must be positive, got window={self.window}, stride={self.window_stride}"
+            )
 
 
 def balance(weights: Tensor) -> Tensor:
@@ -107,9 +116,9 @@ def sharpen(weights: Tensor) -> Tensor:
     "cliper",
     settings=CliperSettings,
     paper="Sun et al., CLIPer: Hierarchically Improving Spatial Representation of CLIP, ICCV 2025",
-    reference="CLIPer code c05fa41 without its Stable-Diffusion step and without windows",
+    reference="CLIPer code c05fa41; its Stable-Diffusion step is `compensation=`",
     summary="fused attention of all early blocks over the embeddings of all blocks; probabilities averaged",
-    cost="about 1.4 of a plain image pass; keeps the attention maps of all blocks but the last",
+    cost="about 1.4 of a plain image pass, with windows one more per pixel seen; keeps most attention maps",
 )
 class Cliper(Method):
     """CLIPer's early-layer fusion. The patch features (F_d) are those of the last stream."""
@@ -156,22 +165,44 @@ class Cliper(Method):
         return attention_map(states, states, attention.scale)
 
     def patch_features(self, context: MethodContext, settings: CliperSettings) -> Tensor:
+        streams, propagation = self.patch_streams(context, settings)
+        context.scratch.update(streams=streams, propagation=propagation)
+        if settings.window is not None:
+            tower, pixels = context.tower, context.trunk.pixel_values
+            request = self.request(settings, tower.num_blocks)
+
+            def run(crops: Tensor) -> tuple[Tensor, Tensor]:
+                return self.patch_streams(MethodContext(tower, tower.run(crops, request)), settings)
+
+            context.scratch["windows"] = run_windows(
+                pixels, settings.window, settings.window_stride, tower.patch_size, run
+            )
+        return streams[-1]
+
+    def patch_streams(self, context: MethodContext, settings: CliperSettings) -> tuple[Tensor, Tensor]:
+        """Features of every stream, (S, B, N, D), and the attention used last, (B, N, N), both without CLS."""
         features, weights = self.stream_features(context, settings)
-        context.scratch["streams"] = features[:, :, 1:]  # (S, B, N, D)
-        context.scratch["propagation"] = weights[:, :, 1:, 1:].float().mean(dim=1)  # (B, N, N)
-        return features[-1, :, 1:]
+        return features[:, :, 1:], weights[:, :, 1:, 1:].float().mean(dim=1)
 
     def stream_probabilities(self, context: MethodContext, settings: CliperSettings) -> Tensor:
-        """Softmax over words per stream, (S, B, Q, N), for all words but the mean row."""
+        """Softmax over words per stream, (S, B, Q, N), for all words but the mean row; windows are mixed in."""
         assert context.class_embeddings is not None  # score_map is only called with words
         words = F.normalize(context.class_embeddings.float(), dim=-1)  # (Q, D)
         rows = words
         if settings.mean_row:
             keep = [row for row in range(len(words)) if row not in context.background_queries] or range(len(words))
             rows = torch.cat([words, F.normalize(words[list(keep)].mean(dim=0, keepdim=True), dim=-1)])
-        streams = F.normalize(context.scratch["streams"].float(), dim=-1)
         scale = context.logit_scale if settings.logit_scale is None else settings.logit_scale
-        return (scale * streams @ rows.T).softmax(dim=-1)[..., : len(words)].transpose(-2, -1)
+
+        def logits(features: Tensor) -> Tensor:
+            return scale * F.normalize(features.float(), dim=-1) @ rows.T  # (S, B, n, R)
+
+        streams = context.scratch["streams"]
+        probabilities = logits(streams).softmax(dim=-1)
+        if "windows" in context.scratch:
+            windows = window_probabilities(context.scratch["windows"], logits, streams.shape[2])
+            probabilities = (probabilities + windows) / 2
+        return probabilities[..., : len(words)].transpose(-2, -1)
 
     def score_map(self, context: MethodContext, settings: CliperSettings, patch_features: Tensor) -> ScoreMap:
         """CLIPer's map: propagated selected stream plus the mean over streams; values 0 to about 2, (B, Q, h, w)."""
