@@ -1,7 +1,7 @@
 """Dense CLIP: trunk once, a method's last block, cosine with the words; windows and batches around it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from .dual_path_methods import DUAL_PATH_METHODS
 from .last_block_methods import LAST_BLOCK_METHODS
 from .layer_fusion_methods import LAYER_FUSION_METHODS
 from .method import Method, MethodContext, ScoreMap, get_method
-from .outside import cut_to_windows
+from .outside import cut_to_windows, whole_regions
 from .pamr import PAMR, check_iterations
 from .proxy_methods import PROXY_METHODS
+from .regions import correct_confidence, correct_labels
 from .resclip import RESCLIP_METHODS
 from .trunk import TrunkOutput, TrunkRequest, VisionTower
 
@@ -249,6 +250,7 @@ def segment_images(
     return_class_scores: bool = False,
     pamr: int | None = None,
     compensate: Callable[[QueryMaps, int], QueryMaps] | None = None,
+    correct_regions: bool = False,
     max_chunk_values: int = MAX_CHUNK_VALUES,
 ) -> list[Decision]:
     """Segment a batch of equally sized images, whole or window by window.
@@ -272,6 +274,8 @@ def segment_images(
             published numbers. None leaves it out.
         compensate: Step on the scores of each whole image on their grid, given the image's index in the batch, such as
             Stable-Diffusion compensation.
+        correct_regions: Give all pixels of a region of `outside["regions"]` the region's most frequent label, at the
+            size of the result (CorrCLIP's map correction). Scores of all classes stay as they are.
         max_chunk_values: See `decide`.
 
     Returns:
@@ -301,20 +305,24 @@ def segment_images(
     decisions = []
     for index, image in enumerate(pixel_values):
         size = image_size if sizes is None else sizes[index]
+        regions = whole_regions(outside, pixel_values, index) if correct_regions else None
         image_maps = maps.select(slice(index * len(boxes), (index + 1) * len(boxes)))
-        decisions.append(
-            decide(
-                image_maps if compensate is None else compensate(image_maps, index),
-                boxes,
-                image_size,
-                class_of_query,
-                num_classes=num_classes,
-                output_size=size,
-                threshold=threshold,
-                background_index=background_index,
-                return_class_scores=return_class_scores,
-                refine=None if pamr is None else PAMR(image, pamr, size=size),
-                max_chunk_values=max_chunk_values,
-            )
+        decision = decide(
+            image_maps if compensate is None else compensate(image_maps, index),
+            boxes,
+            image_size,
+            class_of_query,
+            num_classes=num_classes,
+            output_size=size,
+            threshold=threshold,
+            background_index=background_index,
+            return_class_scores=return_class_scores,
+            refine=None if pamr is None else PAMR(image, pamr, size=size),
+            max_chunk_values=max_chunk_values,
         )
+        if regions is not None:
+            corrected = correct_labels(decision.labels, regions)
+            confidence = correct_confidence(decision.confidence, decision.labels, corrected, regions)
+            decision = replace(decision, labels=corrected, confidence=confidence)
+        decisions.append(decision)
     return decisions

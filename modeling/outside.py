@@ -90,6 +90,34 @@ def proxy_features(context: MethodContext, method: str, kind: str) -> tuple[Tens
     return F.normalize(maps.flatten(2), dim=1).transpose(1, 2), (maps.shape[-2], maps.shape[-1])
 
 
+def whole_regions(outside: Mapping[str, Any] | None, pixel_values: Tensor, index: int) -> Tensor:
+    """Region map (H, W) of one whole image, for the correction of its label map.
+
+    Args:
+        outside: Supplies "regions".
+        pixel_values: Normalised images, (B, 3, H, W).
+        index: Which of them.
+
+    Raises:
+        ValueError: There are no regions, or not as many as images.
+    """
+    value = (outside or {}).get("regions")
+    if value is None:
+        raise ValueError(
+            'correct_regions needs a map of regions: pass outside={"regions": ...}, an integer array or MaskGenerator'
+        )
+    if callable(value):
+        return torch.as_tensor(value(pixel_values[index : index + 1]))[0]
+    regions = torch.as_tensor(value)
+    regions = regions[None] if regions.ndim == 2 else regions
+    if regions.ndim != 3 or regions.is_floating_point() or regions.shape[0] not in (1, pixel_values.shape[0]):
+        raise ValueError(
+            f"outside['regions'] must be integers (H, W) or ({pixel_values.shape[0]}, H, W), got "
+            f"{regions.dtype} {tuple(regions.shape)}"
+        )
+    return regions[index if regions.shape[0] > 1 else 0]
+
+
 def region_maps(context: MethodContext, method: str) -> Tensor:
     """Region per pixel of the padded images, (B, H, W), int64; what was added around an image is a region of its own.
 

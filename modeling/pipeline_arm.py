@@ -38,6 +38,7 @@ FORWARD_ARGUMENTS = (
     "logit_scale",
     "pamr",
     "compensation",
+    "correct_regions",
     "class_scores",
 )
 POSTPROCESS_ARGUMENTS = ("semantic",)
@@ -107,6 +108,8 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 pamr: Rounds of PAMR, which fits the scores to the colours of the image; NACLIP uses 10. Off by default.
                 compensation: Sharpen the scores with Stable Diffusion's self-attention (CLIPer, section 3.3): a hub id
                     or folder of a Stable Diffusion checkpoint, or a `StableDiffusionCompensation`. Whole images only.
+                correct_regions: Give all pixels of a region of `outside["regions"]` the region's most frequent label
+                    (CorrCLIP's map correction, for any method).
                 semantic: Return a label map (see below) instead of a list of masks.
                 class_scores: With `semantic`, also return the scores of all classes.
                 batch_size, num_workers: As for every pipeline; images of one batch may differ in size.
@@ -283,6 +286,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         logit_scale: float | None = None,
         pamr: int | None = None,
         compensation: Any = None,
+        correct_regions: bool = False,
         class_scores: bool = False,
     ) -> dict[str, list]:
         pixels, sizes, vocabularies = (_flat(inputs[key]) for key in ("pixels", "original_size", "vocabulary"))
@@ -317,6 +321,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 background_index=vocabulary.background_index,
                 return_class_scores=class_scores,
                 pamr=pamr,
+                correct_regions=correct_regions,
                 compensate=None if compensation is None else self._compensation(compensation, inputs, members),
             )
             for index, decision in zip(members, results, strict=True):

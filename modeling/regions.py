@@ -158,3 +158,20 @@ def correct_labels(labels: Any, regions: Any, unsegmented: int | None = None) ->
     kept = ids == (names[0] if unsegmented is None else unsegmented)
     corrected = torch.where(kept, before, winners[index])
     return corrected if isinstance(labels, Tensor) else corrected.numpy()
+
+
+def correct_confidence(confidence: Tensor, before: Tensor, after: Tensor, regions: Any) -> Tensor:
+    """Confidence after `correct_labels`: changed pixels take the mean of the pixels of their region that won.
+
+    Args:
+        confidence: (H, W) of the labels before.
+        before: Labels (H, W) before the correction.
+        after: Labels after it.
+        regions: As given to `correct_labels`.
+    """
+    ids = resize_nearest(torch.as_tensor(regions).to(before.device, torch.int64), (before.shape[0], before.shape[1]))
+    names, index = ids.unique(return_inverse=True)
+    won = before == after
+    sums = torch.zeros(len(names), device=confidence.device).index_add_(0, index[won], confidence[won].float())
+    means = sums / index[won].bincount(minlength=len(names)).clamp_min(1)
+    return torch.where(won, confidence, means[index].to(confidence.dtype))

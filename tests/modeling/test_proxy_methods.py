@@ -374,3 +374,26 @@ class TestOutside:
         assert seen
         with pytest.raises(ValueError, match="needs features of a vision model"):
             make_pipe(tiny_clip)(photo, candidate_labels="cat, grass", method="proxyclip")
+
+    @pytest.mark.parametrize("as_function", [False, True])
+    def test_pipeline_corrects_the_map_of_any_method(self, tiny_clip, make_pipe, photo, as_function):
+        regions = (np.indices((photo.height, photo.width)) // 40).sum(axis=0).astype(np.int32)
+        outside = {"regions": (lambda pixels: resized(regions, pixels)) if as_function else regions}
+        options = {"candidate_labels": "cat, grass, sky, sea, dog, road", "method": "clip", "semantic": True}
+        pipe = make_pipe(tiny_clip)
+        plain = pipe(photo, **options)
+        result = pipe(photo, **options, outside=outside, correct_regions=True)
+        expected = correct_labels(plain["semantic_map"], regions)
+        same = (result["semantic_map"] == expected).mean()
+        assert same > 0.98 if as_function else same == 1  # a function sees the resized picture
+        changed = plain["semantic_map"] != result["semantic_map"]
+        assert changed.any()
+        assert (result["confidence"][~changed] == plain["confidence"][~changed]).all()
+        assert sum(segment["pixels"] for segment in result["segments"]) == regions.size
+        with pytest.raises(ValueError, match="correct_regions needs a map of regions"):
+            pipe(photo, **options, correct_regions=True)
+
+
+def resized(regions, pixels):
+    maps = torch.from_numpy(regions)[None, None].float()
+    return F.interpolate(maps, size=pixels.shape[-2:], mode="nearest")[0].int()
