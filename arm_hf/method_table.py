@@ -10,7 +10,7 @@ from arm_hf.modeling.method import list_methods
 
 
 def describe_methods() -> list[dict[str, Any]]:
-    """Return one record for each method: name, summary, paper, reference, cost and settings with defaults and help."""
+    """Return one record for each method: name, summary, paper, reference, cost, variants, and settings with help."""
     records = []
     for name in list_methods():
         method = get_method(name)
@@ -19,5 +19,5 @@ def describe_methods() -> list[dict[str, Any]]:
             for field in dataclasses.fields(method.settings_class)
         ]
         facts = {key: getattr(method, key) for key in ("name", "summary", "paper", "reference", "cost")}
-        records.append({**facts, "settings": settings})
+        records.append({**facts, "variants": dict(method.variants), "settings": settings})
     return records

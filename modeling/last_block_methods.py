@@ -179,6 +179,7 @@ def clearclip(context: MethodContext, settings: ClearClipSettings) -> Tensor:
     reference="NACLIP code 0cac3a6 without its PAMR post-step",
     summary="k-k attention plus a Gaussian of the patch distance, no residual, no feed-forward",
     cost="below 1.0 of a plain image pass",
+    variants={"naclip with PAMR": "--pamr 10"},
 )
 def naclip(context: MethodContext, settings: NaclipSettings) -> Tensor:
     """Softmax(k k^T + G); G is added to the scaled scores of every head and leaves CLS alone."""

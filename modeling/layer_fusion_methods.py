@@ -119,6 +119,7 @@ def sharpen(weights: Tensor) -> Tensor:
     reference="CLIPer code c05fa41; its Stable-Diffusion step is `compensation=`",
     summary="fused attention of all early blocks over the embeddings of all blocks; probabilities averaged",
     cost="about 1.4 of a plain image pass, with windows one more per pixel seen; keeps most attention maps",
+    variants={"cliper+sd": "--compensation stabilityai/stable-diffusion-2-1-base"},
 )
 class Cliper(Method):
     """CLIPer's early-layer fusion. The patch features (F_d) are those of the last stream."""

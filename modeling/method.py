@@ -129,6 +129,8 @@ class Method:
     reference: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     cost: ClassVar[str] = ""
+    variants: ClassVar[Mapping[str, str]] = {}
+    """Systems of the literature that are this method with certain options: name -> the options of the command line."""
     settings_class: ClassVar[type[MethodSettings]] = MethodSettings
     needs_class_embeddings: ClassVar[bool] = False
     """Whether the patch features themselves depend on the words (a first pass, for example)."""
@@ -193,6 +195,7 @@ def register_method(
     reference: str = "",
     summary: str = "",
     cost: str = "one pass",
+    variants: Mapping[str, str] | None = None,
     request: Callable[[Any, int], TrunkRequest] | None = None,
 ) -> Callable:
     """Register a method under a name; use it as a decorator on a function or on a `Method` subclass.
@@ -204,6 +207,7 @@ def register_method(
         reference: The authors' code that the numbers follow (name and commit), or why there is none.
         summary: One line saying what is computed.
         cost: One line on time or memory against a plain CLIP image pass.
+        variants: See `Method.variants`.
         request: For functions, what the trunk must keep: `(settings, num_blocks) -> TrunkRequest`.
 
     Raises:
@@ -218,6 +222,8 @@ def register_method(
         for key, value in given.items():
             if value or not getattr(method, key):
                 setattr(method, key, value)
+        if variants is not None:
+            method.variants = variants
         if settings is not None:
             method.settings_class = settings
         if name in _METHODS:

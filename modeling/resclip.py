@@ -136,6 +136,7 @@ def _middle_blocks(settings: ResclipSettings, num_blocks: int) -> tuple[int, ...
     reference="ResCLIP code 0e085f7, on the bases sclip, clearclip and naclip",
     summary="last-block attention mixed with layers 6 to 9 (RCS) and fed back with a first segmentation (SFR)",
     cost="about 1.05 of a plain image pass with RCS, 1.3 with RCS and SFR",
+    variants={f"resclip on {base}": f"--method-option base={base}" for base in BASES},
 )
 class Resclip(Method):
     """ResCLIP on one of its bases; features depend on the words only with SFR. `settings` are a `ResclipSettings`."""

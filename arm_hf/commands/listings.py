@@ -26,6 +26,8 @@ def methods(
             typer.echo(f"    paper    {record['paper']}")
             typer.echo(f"    follows  {record['reference']}")
             typer.echo(f"    cost     {record['cost']}")
+            for name, options in record["variants"].items():
+                typer.echo(f"    variant  {name}: --method {record['name']} {options}")
             for number, setting in enumerate(record["settings"]):
                 head = "settings" if number == 0 else ""
                 typer.echo(f"    {head:<8} {setting['name']}={json.dumps(setting['default'])}  {setting['help']}")
