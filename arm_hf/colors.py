@@ -1,4 +1,8 @@
-"""One colour per label name: the same in every process and picture, and easy to tell from its neighbours'."""
+"""One colour per label name: the same in every process and picture, and easy to tell from its neighbours'.
+
+Two palettes: "vivid" glows over a photo and gives sky, grass, road and the like the colours that people expect;
+"colorblind" keeps its colours apart for people with any of the three kinds of colour blindness, too.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ import numpy as np
 from arm_hf.modeling.prompts import BACKGROUND_NAME
 
 Color = tuple[int, int, int]
+
+PALETTES = ("vivid", "colorblind")
 
 BACKGROUND_COLOR: Color = (58, 62, 68)
 
@@ -42,17 +48,30 @@ def label_color(name: str) -> Color:
     return _to_srgb(_candidates(name, 1))[0]
 
 
-def palette(id2label: Mapping[int, str]) -> dict[int, Color]:
+def palette(id2label: Mapping[int, str], kind: str = "vivid") -> dict[int, Color]:
     """Return a colour for each class, easy to tell apart as far as their number allows.
 
-    A class gets the colour its name prefers (`label_color`) unless a class before it has one that looks too much like
-    it; then the name's next choice. A word keeps its colour from picture to picture, and mostly between vocabularies.
+    A class gets the colour its name prefers (in "vivid", that of `label_color`) unless a class before it has one that
+    looks too much like it; then the name's next choice. A word keeps its colour from picture to picture, and mostly
+    between vocabularies.
+
+    Args:
+        id2label: Class index to name.
+        kind: One of `PALETTES`. "colorblind" takes the seven colours of Okabe and Ito first ("Color Universal Design",
+            2008), then others of many lightnesses, and judges likeness as every kind of eye does; above some 20
+            classes no palette can keep all of them apart for every eye: names and contours then tell more than colours.
+
+    Raises:
+        ValueError: Unknown palette.
     """
-    return dict(zip(id2label, _palette(tuple(id2label.values())), strict=True))
+    if kind not in PALETTES:
+        raise ValueError(f"unknown palette {kind!r}; choose one of {', '.join(PALETTES)}")
+    colors = _vivid if kind == "vivid" else _colorblind
+    return dict(zip(id2label, colors(tuple(id2label.values())), strict=True))
 
 
 @lru_cache(maxsize=32)
-def _palette(names: tuple[str, ...]) -> tuple[Color, ...]:
+def _vivid(names: tuple[str, ...]) -> tuple[Color, ...]:
     """Give each name the first of its candidates that keeps its distance from the colours given before.
 
     Words with an expected colour come first, then the others in order.
@@ -75,14 +94,48 @@ def _palette(names: tuple[str, ...]) -> tuple[Color, ...]:
     return tuple(colors[place] for place in np.argsort(order, kind="stable"))
 
 
-def _candidates(name: str, count: int) -> np.ndarray:
-    """Return OKLab colours for a name, best first, (count, 3): from its hash, bright enough to glow over a photo."""
+@lru_cache(maxsize=32)
+def _colorblind(names: tuple[str, ...]) -> tuple[Color, ...]:
+    """As `_vivid`, with likeness judged by the eye that tells two colours apart least."""
+    seen = np.zeros((len(_EYES), len(names) + 1, 3))  # OKLab of the colours given so far, as each kind of eye sees them
+    seen[:, :1] = _as_seen(np.array([BACKGROUND_COLOR]))
+    count = max(8, min(120, 16000 // max(1, len(names))))
+    distance = 0.075 / max(1.0, len(names) / 7) ** 0.5
+    colors: list[Color] = []
+    for done, name in enumerate(names, start=1):
+        if name.casefold() == BACKGROUND_NAME:
+            colors.append(BACKGROUND_COLOR)
+            seen[:, done] = seen[:, 0]
+            continue
+        digest = hashlib.shake_128(b"colorblind" + name.casefold().encode("utf-8")).digest(2 * len(_OKABE_ITO))
+        order = np.argsort(np.frombuffer(digest, dtype="<u2"), kind="stable")
+        tries = np.concatenate([_OKABE_ITO[order], _to_srgb(_candidates(name, count, lightness=(0.35, 0.60)))])
+        candidates = _as_seen(tries)  # (eyes, T, 3)
+        apart = _squared_distances(candidates, seen[:, :done]).min(axis=(0, 2))  # (T,)
+        far = np.flatnonzero(apart >= distance**2)
+        best = far[0] if len(far) else apart.argmax()
+        seen[:, done] = candidates[:, best]
+        red, green, blue = tries[best]
+        colors.append((int(red), int(green), int(blue)))
+    return tuple(colors)
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(E, N, 3) and (E, M, 3) to (E, N, M)."""
+    return (a**2).sum(-1)[..., None] + (b**2).sum(-1)[:, None] - 2 * a @ b.transpose(0, 2, 1)
+
+
+def _candidates(name: str, count: int, lightness: tuple[float, float] = (0.46, 0.42)) -> np.ndarray:
+    """Return OKLab colours for a name, best first, (count, 3), from its hash; lightness is (lowest, range).
+
+    The default is bright enough to glow over a photo.
+    """
     digest = hashlib.shake_128(name.casefold().encode("utf-8")).digest(6 * count)
     uniform = np.frombuffer(digest, dtype="<u2").reshape(count, 3) / 65535.0
-    lightness = 0.46 + 0.42 * uniform[:, 0]
+    light = lightness[0] + lightness[1] * uniform[:, 0]
     chroma = 0.10 + 0.15 * uniform[:, 1]
     hue = 2 * math.pi * uniform[:, 2]
-    lab = np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
+    lab = np.stack([light, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
     first = _EXPECTED.get(name.casefold())
     if first is not None:
         lab[0] = _from_srgb(np.array(first))
@@ -107,10 +160,36 @@ _TO_LAB = np.array(
 )
 
 
-def _from_srgb(rgb: np.ndarray) -> np.ndarray:
+# What people without one of the three cones see, on linear RGB: G. M. Machado, M. M. Oliveira, L. A. F. Fernandes, "A
+# Physiologically-based Model for Simulation of Color Vision Deficiency", 2009, severity 1. The first is the usual eye.
+_EYES = np.array(
+    [
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]],
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    ]
+)
+
+# Orange, sky blue, bluish green, yellow, blue, vermilion, reddish purple.
+_OKABE_ITO = np.array(
+    [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
+)
+
+
+def _linear(rgb: np.ndarray) -> np.ndarray:
     value = rgb / 255.0
-    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-    return np.cbrt(linear @ _TO_LMS.T) @ _TO_LAB.T
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def _from_srgb(rgb: np.ndarray) -> np.ndarray:
+    return np.cbrt(_linear(rgb) @ _TO_LMS.T) @ _TO_LAB.T
+
+
+def _as_seen(rgb: np.ndarray) -> np.ndarray:
+    """Return sRGB colours (N, 3) in OKLab as each kind of eye sees them, (eyes, N, 3)."""
+    seen = (_linear(rgb) @ _EYES.transpose(0, 2, 1)).clip(0.0, 1.0)
+    return np.cbrt(seen @ _TO_LMS.T) @ _TO_LAB.T
 
 
 def _to_srgb(lab: np.ndarray) -> list[Color]:

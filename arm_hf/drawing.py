@@ -12,15 +12,17 @@ from arm_hf.colors import palette
 from arm_hf.legend import MOST_ENTRIES, Segment, add_legend, drawable, font_for, text_size
 
 
-def segments(semantic_map: np.ndarray, id2label: Mapping[int, str]) -> list[Segment]:
+def segments(semantic_map: np.ndarray, id2label: Mapping[int, str], colors: str = "vivid") -> list[Segment]:
     """Return the classes present in a label map, the largest first.
 
     Args:
         semantic_map: Class index of each pixel, an integer array (H, W).
         id2label: Class index to name.
+        colors: Palette, "vivid" or "colorblind" (see `arm_hf.colors.palette`).
 
     Raises:
-        ValueError: If the map is not a non-empty (H, W) array of integers, or holds an index that `id2label` lacks.
+        ValueError: If the map is not a non-empty (H, W) array of integers, or holds an index that `id2label` lacks, or
+            there is no such palette.
     """
     semantic_map = _checked(semantic_map)
     ids, counts = np.unique(semantic_map, return_counts=True)
@@ -29,15 +31,15 @@ def segments(semantic_map: np.ndarray, id2label: Mapping[int, str]) -> list[Segm
         raise ValueError(
             f"the label map holds the index {unknown[0]}, which id2label (of {len(id2label)} classes) lacks"
         )
-    colors = palette(id2label)
+    table = palette(id2label, colors)
     found = [
-        Segment(int(index), id2label[int(index)], colors[int(index)], int(count), int(count) / semantic_map.size)
+        Segment(int(index), id2label[int(index)], table[int(index)], int(count), int(count) / semantic_map.size)
         for index, count in zip(ids, counts, strict=True)
     ]
     return sorted(found, key=lambda segment: (-segment.pixels, segment.id))
 
 
-def indexed_png(semantic_map: np.ndarray, id2label: Mapping[int, str]) -> Image.Image:
+def indexed_png(semantic_map: np.ndarray, id2label: Mapping[int, str], colors: str = "vivid") -> Image.Image:
     """Return the label map as an image whose pixel values are the class indices.
 
     Up to 256 classes it has mode "P" and shows in the palette's colours; above, it has 16 bits ("I;16") and no colours.
@@ -45,6 +47,7 @@ def indexed_png(semantic_map: np.ndarray, id2label: Mapping[int, str]) -> Image.
     Args:
         semantic_map: Class index of each pixel, an integer array (H, W).
         id2label: Class index to name.
+        colors: Palette, as for `segments`.
 
     Raises:
         ValueError: As `segments` does, and above 65,536 classes.
@@ -58,7 +61,7 @@ def indexed_png(semantic_map: np.ndarray, id2label: Mapping[int, str]) -> Image.
         return Image.fromarray(semantic_map.astype(np.uint16))
     image = Image.fromarray(semantic_map.astype(np.uint8))
     table = np.zeros((256, 3), dtype=np.uint8)
-    for index, color in palette(id2label).items():
+    for index, color in palette(id2label, colors).items():
         table[index] = color
     image.putpalette(table.tobytes())
     return image
@@ -71,6 +74,8 @@ def overlay(
     alpha: float = 0.55,
     names: bool = True,
     legend: bool = True,
+    colors: str = "vivid",
+    contours: bool = False,
 ) -> Image.Image:
     """Return the photo under its labels' colours, with thin outlines, names where they fit, and a legend.
 
@@ -84,6 +89,9 @@ def overlay(
         alpha: How much of the colour covers the photo: 0 shows the photo alone (with outlines), 1 the colours alone.
         names: Whether to write its name into the largest patch of a class where it fits.
         legend: Whether to add the legend. Without it the result has the photo's proportions.
+        colors: Palette, as for `segments`.
+        contours: Leave the photo as it is and draw each patch's rim in its colour, inside the patch; alpha then has no
+            effect.
 
     Raises:
         ValueError: If the sizes differ, alpha lies outside 0..1, or as `segments` does.
@@ -94,8 +102,9 @@ def overlay(
         raise ValueError(f"the image is {image.size[0]} x {image.size[1]} pixels but its label map {width} x {height}")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")
-    found = segments(semantic_map, id2label)
-    picture = _blend(image.convert("RGB"), semantic_map, found, alpha)
+    found = segments(semantic_map, id2label, colors)
+    photo, enlarged = _enlarge(image.convert("RGB"), semantic_map)
+    picture = _rims(photo, enlarged, found) if contours else _blend(photo, enlarged, found, alpha)
     if names:
         _write_names(picture, semantic_map, found)
     return add_legend(picture, found) if legend else picture
@@ -104,19 +113,46 @@ def overlay(
 _SMALLEST_SIDE = 640  # a picture whose longer side is shorter is enlarged, or its legend would dwarf it
 
 
-def _blend(photo: Image.Image, semantic_map: np.ndarray, found: list[Segment], alpha: float) -> Image.Image:
+def _enlarge(photo: Image.Image, semantic_map: np.ndarray) -> tuple[Image.Image, np.ndarray]:
     longest = max(photo.size)
-    if longest < _SMALLEST_SIDE:
-        factor = math.ceil(_SMALLEST_SIDE / longest)
-        photo = photo.resize((photo.width * factor, photo.height * factor), Image.Resampling.BICUBIC)
-        semantic_map = semantic_map.repeat(factor, axis=0).repeat(factor, axis=1)
+    if longest >= _SMALLEST_SIDE:
+        return photo, semantic_map
+    factor = math.ceil(_SMALLEST_SIDE / longest)
+    photo = photo.resize((photo.width * factor, photo.height * factor), Image.Resampling.BICUBIC)
+    return photo, semantic_map.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _color_table(found: list[Segment]) -> np.ndarray:
     table = np.zeros((max(segment.id for segment in found) + 1, 3), dtype=np.uint8)
     for segment in found:
         table[segment.id] = segment.color
-    colors = Image.fromarray(table[semantic_map])
+    return table
+
+
+def _blend(photo: Image.Image, semantic_map: np.ndarray, found: list[Segment], alpha: float) -> Image.Image:
+    colors = Image.fromarray(_color_table(found)[semantic_map])
     blended = np.array(Image.blend(photo, colors, alpha))
     blended[_outlines(semantic_map, max(1, round(max(photo.size) / 900)))] = (255, 255, 255)
     return Image.fromarray(blended)
+
+
+def _rims(photo: Image.Image, semantic_map: np.ndarray, found: list[Segment]) -> Image.Image:
+    """Draw a band of its own colour along the inside of each patch, and a thin white line between two bands."""
+    line = max(1, round(max(photo.size) / 900))
+    band = np.zeros(semantic_map.shape, dtype=bool)
+    across, down = semantic_map[:, 1:] != semantic_map[:, :-1], semantic_map[1:] != semantic_map[:-1]
+    for part, edge in ((band[:, 1:], across), (band[:, :-1], across), (band[1:], down), (band[:-1], down)):
+        part |= edge
+    for _ in range(round(max(photo.size) / 220) + line):
+        grown = band.copy()
+        for ours, theirs in (((slice(1, None), ...), (slice(-1), ...)), ((..., slice(1, None)), (..., slice(-1)))):
+            grown[ours] |= band[theirs]
+            grown[theirs] |= band[ours]
+        band = grown
+    drawn = np.array(photo)
+    drawn[band] = _color_table(found)[semantic_map[band]]
+    drawn[_outlines(semantic_map, line)] = (255, 255, 255)
+    return Image.fromarray(drawn)
 
 
 def _outlines(semantic_map: np.ndarray, width: int) -> np.ndarray:
