@@ -2,61 +2,104 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from arm_hf.legend import Segment
 from arm_hf.modeling.images import IMAGE_EXTENSIONS, UnreadableImage, load_image
 
 __all__ = [
     "ImageFile",
     "OutputFiles",
+    "Skipped",
     "UnreadableImage",
+    "Written",
+    "already_there",
     "atomic_path",
     "collect_images",
+    "output_folder",
     "plan_outputs",
     "read_image",
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile:
     """A picture to work on.
 
     Attributes:
-        source: Its path or address.
+        source: Its path or address, or the place in a table that `data` was read from.
         name: What people call it: the path inside the folder that was given, or the file's name.
+        data: The encoded picture, where it is no file of its own.
     """
 
     source: str
     name: str
+    data: bytes | None = field(default=None, repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OutputFiles:
-    """Where the results of one picture go: label map, legend, and the picture for people."""
+    """Where the results of one picture go: label map, legend, and the picture for people, which may be left out."""
 
     labels: Path
     legend: Path
-    overlay: Path
+    overlay: Path | None
 
-    def paths(self) -> tuple[Path, Path, Path]:
-        """Return all three."""
-        return self.labels, self.legend, self.overlay
+    def paths(self) -> tuple[Path, ...]:
+        """Return those that are written."""
+        return (self.labels, self.legend) if self.overlay is None else (self.labels, self.legend, self.overlay)
+
+    @classmethod
+    def named(cls, out: Path, name: str, overlay: bool = True) -> OutputFiles:
+        """Return `NAME.png`, `NAME.json` and, if wanted, `NAME_overlay.png` in a folder."""
+        return cls(out / f"{name}.png", out / f"{name}.json", out / f"{name}_overlay.png" if overlay else None)
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
+@dataclass(frozen=True)
+class Written:
+    """A picture that was segmented: its files, its size (width, height) and its classes, the largest first.
+
+    `scores` holds the mean probability of each class inside its own area, in the order of `segments`; `num_bytes` is
+    the size of the files together.
+    """
+
+    file: ImageFile
+    outputs: OutputFiles
+    size: tuple[int, int]
+    segments: list[Segment]
+    scores: list[float]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture that could not be read, and why, in one line."""
+
+    file: ImageFile
+    reason: str
+
+
+def read_image(picture: str | os.PathLike | ImageFile) -> Image.Image:
     """Return the picture as an upright 8-bit RGB image.
 
     Raises:
         UnreadableImage: One line that names the file and says what is wrong with it.
     """
-    return load_image(path)
+    if not isinstance(picture, ImageFile):
+        return load_image(picture)
+    if picture.data is None:
+        return load_image(picture.source)
+    file = io.BytesIO(picture.data)
+    file.name = picture.source  # what an error calls it
+    return load_image(file)
 
 
 def collect_images(inputs: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> list[ImageFile]:
@@ -97,46 +140,74 @@ def collect_images(inputs: Sequence[str | os.PathLike], out: str | os.PathLike |
     return list(found.values())
 
 
-def plan_outputs(files: Sequence[ImageFile], out: str | os.PathLike, overwrite: bool = False) -> list[OutputFiles]:
+def output_folder(out: str | os.PathLike) -> Path:
+    """Return the folder of the results, which need not exist.
+
+    Raises:
+        ValueError: If it, or a folder above it, is a file.
+    """
+    folder = Path(out).expanduser()
+    existing_part = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    if not existing_part.is_dir():
+        raise ValueError(f"the results cannot go to {str(folder)!r}: {str(existing_part)!r} is a file")
+    return folder
+
+
+def plan_outputs(
+    files: Sequence[ImageFile],
+    out: str | os.PathLike,
+    overwrite: bool = False,
+    overlay: bool = True,
+    share: slice = slice(None),
+) -> list[OutputFiles]:
     """Return where the results of each picture go, and make sure that this is possible before any work begins.
 
     `sub/cat.jpg` of a folder becomes `sub/cat.png`, `sub/cat.json` and `sub/cat_overlay.png` in `out`. Where two
     pictures would meet, the later one is named after its whole file name (`cat.png` -> `cat_png.png`), then after its
-    folder too, then by number.
+    folder too, then by number. A name depends on the earlier pictures alone, so every process finds the same.
 
     Args:
-        files: The pictures.
+        files: The pictures, those of all processes.
         out: Folder of the results; it need not exist.
         overwrite: Whether results that are there already may be replaced.
+        overlay: Whether the picture for people is written.
+        share: The pictures of this process: only their results are looked for on the disk and returned.
 
     Raises:
         ValueError: If results are there already and `overwrite` is off, one of the results would replace one of the
             pictures, or `out` is a file.
     """
-    out = Path(out).expanduser()
-    existing_part = next(part for part in (out, *out.absolute().parents) if part.exists())
-    if not existing_part.is_dir():
-        raise ValueError(f"the results cannot go to {str(out)!r}: {str(existing_part)!r} is a file")
+    out = output_folder(out)
     taken: set[str] = set()
     plan = []
     for file in files:
         for name in _names(file):
-            outputs = OutputFiles(out / f"{name}.png", out / f"{name}.json", out / f"{name}_overlay.png")
+            # The overlay's name is kept free in any case: names must not depend on whether overlays are wanted.
+            outputs = OutputFiles.named(out, name)
             # Two names that differ in case alone are one file on many disks.
             keys = {str(path).casefold() for path in outputs.paths()}
             if taken.isdisjoint(keys):
                 taken |= keys
-                plan.append(outputs)
+                plan.append(OutputFiles.named(out, name, overlay))
                 break
+    plan = plan[share]
     sources = {os.path.realpath(file.source) for file in files}
     there = [path for outputs in plan for path in outputs.paths() if path.exists()]
     for path in there:
         if os.path.realpath(path) in sources:
             raise ValueError(f"a result would replace the image {str(path)!r}; choose another folder for the results")
     if there and not overwrite:
-        what = f"{str(there[0])!r} exists" if len(there) == 1 else f"{str(there[0])!r} and {len(there) - 1} more exist"
-        raise ValueError(f"{what} already; allow overwriting (--overwrite) or choose another folder")
+        raise already_there(there[0], len(there))
     return plan
+
+
+def already_there(path: Path, count: int = 1) -> ValueError:
+    """Return the error that says that results would be replaced."""
+    what = f"{str(path)!r} exists" if count == 1 else f"{str(path)!r} and {count - 1} more exist"
+    return ValueError(
+        f"{what} already; go on where a run was cut off (--resume), allow overwriting (--overwrite) or choose another "
+        "folder"
+    )
 
 
 @contextmanager

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from arm_hf import __version__, resolve_model
 from arm_hf.drawing import indexed_png, overlay, segments
-from arm_hf.folders import ImageFile, OutputFiles, UnreadableImage, atomic_path, read_image
-from arm_hf.legend import Segment
+from arm_hf.folders import ImageFile, OutputFiles, Skipped, UnreadableImage, Written, atomic_path, read_image
+from arm_hf.manifest import digest
 from arm_hf.modeling.decision import window_boxes
 from arm_hf.modeling.dense_clip import get_method
 from arm_hf.modeling.prompts import Label, Vocabulary, resolve_templates
+from arm_hf.streaming import WriteBehind, batched_by, mapped_ahead, threads
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+Job = tuple[ImageFile, OutputFiles]
+"""A picture and where its results go."""
+
+_FEW_PICTURES = 5
+
+# Pictures that may wait for others of their shape, as a multiple of the batch size: each holds its pixels.
+_WAITING_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -90,28 +100,6 @@ class RunSettings:
         }
 
 
-@dataclass(frozen=True)
-class Written:
-    """A picture that was segmented: its files, its size (width, height) and its classes, the largest first.
-
-    `scores` holds the mean probability of each class inside its own area, in the order of `segments`.
-    """
-
-    file: ImageFile
-    outputs: OutputFiles
-    size: tuple[int, int]
-    segments: list[Segment]
-    scores: list[float]
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A picture that could not be read, and why, in one line."""
-
-    file: ImageFile
-    reason: str
-
-
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     """Read `key=value` pairs. A value is a number, `true`, `false`, `none`, a JSON list, or else a string.
 
@@ -148,7 +136,8 @@ def load_pipeline(
     Args:
         model: The embedded model's name, a folder, or a hub id; an ARM checkpoint or a plain CLIP.
         revision: Branch, tag or commit of a hub id.
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`; `None` takes an accelerator if there is one.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`; `None` takes an accelerator if there is one, and of several GPUs
+            the one of this process under torchrun or accelerate launch.
         dtype: One of `DTYPES`; `"auto"` takes what the checkpoint was saved in. All published numbers of the methods
             were made in half precision, the reference numbers of our tests in float32.
         trust_remote_code: Whether code that comes with the model may run.
@@ -160,6 +149,9 @@ def load_pipeline(
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     from transformers import pipeline
 
+    local_rank = os.environ.get("LOCAL_RANK")
+    if device is None and local_rank is not None and torch.cuda.is_available():
+        device = f"cuda:{int(local_rank) % torch.cuda.device_count()}"
     try:
         return pipeline(
             "open-vocab-segmentation",
@@ -174,44 +166,80 @@ def load_pipeline(
         raise ValueError(f"cannot load the model {model!r}: {' '.join(str(error).split())}") from error
 
 
+def default_workers(device_type: str, total: int | None) -> int:
+    """Threads that suit a device: none for a few pictures, one beside a model on the CPU, else most cores.
+
+    Args:
+        device_type: Where the model runs, such as "cpu" or "cuda".
+        total: Number of pictures, if known.
+    """
+    if total is not None and total <= _FEW_PICTURES:
+        return 0
+    if device_type == "cpu":
+        return 1
+    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
 def segment_files(
-    pipe: Any, files: Sequence[ImageFile], plan: Sequence[OutputFiles], settings: RunSettings, model: str
+    pipe: Any, jobs: Iterable[Job], settings: RunSettings, record: Mapping[str, Any], workers: int = 0
 ) -> Iterator[Written | Skipped]:
-    """Segment pictures and write their files, one picture after the other.
+    """Segment pictures and write their files.
+
+    Pictures whose resized form has the same shape share a forward pass of up to `batch_size`; those that wait for
+    others of their shape are bounded in number. What is in memory does not depend on the number of jobs.
 
     Args:
         pipe: An `open-vocab-segmentation` pipeline.
-        files: The pictures; the next ones are read while earlier ones are worked on, `batch_size` at most.
-        plan: Where the results of each go (`plan_outputs`).
+        jobs: The pictures (`plan_outputs`, `ImageTable.jobs`); taken when there is room for them.
         settings: What to do.
-        model: What the legends call the model.
+        record: What the legends say about the run (`run_record`).
+        workers: Threads that read and resize ahead, and as many that write behind. With 0 one picture is worked on
+            after the other.
 
     Yields:
-        What became of each picture. One that cannot be read is left out and does not stop the others.
+        What became of each picture. One that cannot be read is left out and does not stop the others. With
+        `batch_size` 1 they come in the order of the jobs, else in the order in which batches are full.
 
     Raises:
         ValueError: If the method that the model chooses has no such setting.
     """
     _check_options(pipe._method_name(settings.method), settings.method_options)
-    waiting: deque[tuple[ImageFile, OutputFiles, Image.Image]] = deque()
-    skipped: deque[Skipped] = deque()
+    arguments = settings.call_arguments()
+    size = arguments.pop("batch_size")
+    preprocess, forward, postprocess = pipe._sanitize_parameters(semantic=True, **arguments)
+    legend = {"run": digest(record), **record}
 
-    def readable() -> Iterator[Image.Image]:
-        for file, outputs in zip(files, plan, strict=True):
-            try:
-                image = read_image(file.source)
-            except UnreadableImage as error:
-                skipped.append(Skipped(file, str(error)))
-                continue
-            waiting.append((file, outputs, image))
-            yield image
+    def prepare(job: Job) -> tuple[Job, Image.Image, dict[str, list]] | Skipped:
+        try:
+            image = read_image(job[0])
+        except UnreadableImage as error:
+            return Skipped(job[0], str(error))
+        return job, image, pipe.preprocess(image, **preprocess)
 
-    record = _run_record(pipe, settings, model)
-    for result in pipe(readable(), semantic=True, **settings.call_arguments()):
-        while skipped:
-            yield skipped.popleft()
-        file, outputs, image = waiting.popleft()
-        yield _write(file, outputs, image, result, record)
+    def finish(job: Job, image: Image.Image, output: dict[str, Any]) -> Written:
+        return _write(*job, image, pipe.postprocess(output, **postprocess), legend)
+
+    skipped: list[Skipped] = []
+
+    def readable(items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            if isinstance(item, Skipped):
+                skipped.append(item)
+            else:
+                yield item
+
+    with threads(workers) as readers, threads(workers) as writers:
+        behind = WriteBehind(writers, 2 * workers)
+        ready = readable(mapped_ahead(prepare, jobs, readers, size + workers))
+        for batch in batched_by(lambda item: item[2]["pixels"][0].shape, ready, size, _WAITING_BATCHES * size):
+            while skipped:
+                yield skipped.pop(0)
+            inputs = {key: [value for item in batch for value in item[2][key]] for key in batch[0][2]}
+            outputs = pipe.forward(inputs, **forward)
+            for index, (job, image, _) in enumerate(batch):
+                output = {key: [values[index]] for key, values in outputs.items()}
+                yield from behind.put(finish, job, image, output)
+        yield from behind.rest()
     yield from skipped
 
 
@@ -222,16 +250,22 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
         raise ValueError(str(error)) from error
 
 
-def _write(file: ImageFile, outputs: OutputFiles, image: Image.Image, result: dict, record: dict) -> Written:
+def _write(
+    file: ImageFile, outputs: OutputFiles, image: Image.Image, result: dict, record: Mapping[str, Any]
+) -> Written:
     semantic_map, id2label = np.asarray(result["semantic_map"]), result["id2label"]
     found = segments(semantic_map, id2label)
     score_of = {segment["label"]: round(float(segment["score"]), 4) for segment in result["segments"]}
     scores = [score_of[segment.label] for segment in found]
+    files = {"labels": outputs.labels.name}
+    if outputs.overlay is not None:
+        files["overlay"] = outputs.overlay.name
     legend = {
         "image": file.name,
+        "source": file.source,
         "width": image.width,
         "height": image.height,
-        "files": {"labels": outputs.labels.name, "overlay": outputs.overlay.name},
+        "files": files,
         "segments": [
             {
                 "id": segment.id,
@@ -248,12 +282,14 @@ def _write(file: ImageFile, outputs: OutputFiles, image: Image.Image, result: di
     }
     with atomic_path(outputs.labels) as path:
         indexed_png(semantic_map, id2label).save(path, format="PNG")
-    with atomic_path(outputs.overlay) as path:
-        overlay(image, semantic_map, id2label).save(path, format="PNG")
+    if outputs.overlay is not None:
+        with atomic_path(outputs.overlay) as path:
+            overlay(image, semantic_map, id2label).save(path, format="PNG")
     # Last, so that a legend says that the picture is done.
     with atomic_path(outputs.legend) as path:
         path.write_text(_readable_json(legend), encoding="utf-8")
-    return Written(file, outputs, image.size, found, scores)
+    num_bytes = sum(path.stat().st_size for path in outputs.paths())
+    return Written(file, outputs, image.size, found, scores, num_bytes)
 
 
 def _readable_json(record: dict[str, Any]) -> str:
@@ -267,8 +303,14 @@ def _readable_json(record: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _run_record(pipe: Any, settings: RunSettings, model: str) -> dict[str, Any]:
-    """Return what one must know to make the same label map again."""
+def run_record(pipe: Any, settings: RunSettings, model: str) -> dict[str, Any]:
+    """Return what one must know to make the same label maps again, as values for JSON.
+
+    Args:
+        pipe: An `open-vocab-segmentation` pipeline.
+        settings: What to do.
+        model: What the legends call the model.
+    """
     used = settings.call_arguments()
     del used["candidate_labels"], used["batch_size"]
     config, has_arm = pipe.model.config, hasattr(pipe.model, "arm")
@@ -281,5 +323,6 @@ def _run_record(pipe: Any, settings: RunSettings, model: str) -> dict[str, Any]:
         "model": model,
         "labels": [{"name": label.name, "words": list(label.words)} for label in settings.labels],
         "settings": used,
+        "dtype": str(pipe.model.dtype).removeprefix("torch."),
         "arm_hf": __version__,
     }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Generator
+from contextlib import closing
 from typing import Annotated, Any
 
 import typer
@@ -13,11 +16,17 @@ from .common import ExitCode, one_line_errors, quiet_libraries
 
 # With more pictures than this a progress bar takes the place of the tables.
 _FEW_PICTURES = 5
+_SECONDS_BETWEEN_LINES = 30.0  # of progress, where the error stream is no terminal
 
 
 def segment(
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGES", help="Image files, folders of them, or http(s) addresses.")
+        list[str],
+        typer.Argument(
+            metavar="IMAGES",
+            help="Image files, folders of them, or http(s) addresses; or parquet files (also a folder of them, or a "
+            "pattern in quotes); or a data set of the Hub, owner/name.",
+        ),
     ],
     labels: Annotated[
         str | None,
@@ -42,6 +51,27 @@ def segment(
         ),
     ] = "segmented",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there already.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where the same command was cut off: finished pictures stay, unfinished ones are made again. "
+            "An error if the settings differ.",
+        ),
+    ] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N/COUNT",
+            help="Do the N-th of COUNT equal parts, each in a process of its own, on any machine that sees the "
+            "folder of the results.  [default: what torchrun or accelerate launch says]",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set of the Hub.")] = "train",
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of a data set that holds the pictures.  [default: the only one]")
+    ] = None,
+    pictures: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Write the picture for people too.")] = True,
     model: Annotated[
         str,
         typer.Option(help="The embedded model, a local folder, or a hub id; an ARM checkpoint or a plain CLIP."),
@@ -91,7 +121,11 @@ def segment(
         int | None, typer.Option(help="Side of a sliding window in those pixels.  [default: the whole picture]")
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Step of the window.  [default: half of it]")] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Pictures of equal shape per forward pass.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Threads that read ahead, and as many that write behind.  [default: by cores and device]"),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...  [default: an accelerator if there is one]")
     ] = None,
@@ -107,22 +141,41 @@ def segment(
 ) -> None:
     """Segment pictures: a label map, a legend and an overlay for each.
 
-    Pictures that cannot be read are skipped and listed at the end; the exit code is then 1.
+    Pictures that cannot be read are skipped and listed at the end; the exit code is then 1. Many processes share the
+    work under torchrun or accelerate launch (-m arm_hf.cli segment ...), or with --part.
     """
     with one_line_errors(traceback):
-        from arm_hf.folders import collect_images, plan_outputs
+        from arm_hf.folders import collect_images, output_folder, plan_outputs
+        from arm_hf.image_tables import ImageTable, tables_of
         from arm_hf.label_sets import labels_from as read_labels
+        from arm_hf.manifest import Manifest, Part
         from arm_hf.modeling.prompts import parse_labels
 
         if labels is None and labels_from is None:
             raise ValueError('say what to look for: --labels "cat, dog, sky" or --labels-from voc21')
+        if resume and overwrite:
+            raise ValueError("--resume keeps finished results and --overwrite replaces them; choose one")
         wanted = [] if labels_from is None else list(read_labels(labels_from))
         wanted += [] if labels is None else parse_labels(labels)
         parsed = parse_labels(wanted)
-        files = collect_images(images, out)
-        plan = plan_outputs(files, out, overwrite)
+        mine = Part.parse(part)
+        if tables := tables_of(images):
+            table = ImageTable(tables, split, image_column)
+            total = table.total(mine)
+        else:
+            files = collect_images(images, out)
+            plan = plan_outputs(files, out, overwrite or resume, pictures, mine.share)
+            files = files[mine.share]
+            total = len(files)
 
-        from arm_hf.segmenting import RunSettings, load_pipeline, parse_options, segment_files
+        from arm_hf.segmenting import (
+            RunSettings,
+            default_workers,
+            load_pipeline,
+            parse_options,
+            run_record,
+            segment_files,
+        )
 
         settings = RunSettings(
             labels=parsed,
@@ -139,33 +192,69 @@ def segment(
             compensation=compensation,
             batch_size=batch_size,
         )
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers must not be negative, got {workers}")
         quiet_libraries()
         pipe = load_pipeline(model, revision, device, dtype, trust_remote_code)
-        results = segment_files(pipe, files, plan, settings, model)
-        skipped = _report(results, len(files), out)
+        record = run_record(pipe, settings, model)
+        existing = "keep" if resume else "replace" if overwrite else "refuse"
+        manifest = Manifest(output_folder(out), record, mine, existing)
+        jobs = manifest.left(table.jobs(manifest, pictures) if tables else zip(files, plan, strict=True))
+        threads = default_workers(pipe.device.type, total) if workers is None else workers
+        try:
+            skipped = _report(segment_files(pipe, jobs, settings, record, threads), manifest, total)
+        finally:
+            manifest.close()
     if skipped:
         raise typer.Exit(ExitCode.INCOMPLETE)
 
 
-def _report(results: Iterator[Any], total: int, out: str) -> int:
-    """Print what becomes of the pictures; return how many were skipped."""
+def _report(results: Generator[Any], manifest: Any, total: int | None) -> int:
+    """Record and print what becomes of the pictures; return how many were skipped."""
     from tqdm import tqdm
 
-    from arm_hf.segmenting import Skipped
+    from arm_hf.folders import Skipped
 
-    written, skipped = 0, []
-    with tqdm(results, total=total, unit="image", disable=total <= _FEW_PICTURES or None) as bar:
-        for result in bar:
+    written, seconds, skipped = 0, time.monotonic(), []
+    few = total is not None and total <= _FEW_PICTURES
+    on_terminal = sys.stderr.isatty()
+    bar = tqdm(
+        total=total,
+        unit="image",
+        desc=None if manifest.part.count == 1 else f"part {manifest.part}",
+        disable=few,
+        mininterval=0.1 if on_terminal else _SECONDS_BETWEEN_LINES,
+        delay=0 if on_terminal else _SECONDS_BETWEEN_LINES,
+    )
+    with closing(results), bar:
+        for result in results:
+            manifest.note(result)
+            # What was done before counts towards the end but not towards the speed.
+            bar.initial = manifest.num_kept
+            bar.update(written + len(skipped) + 1 + manifest.num_kept - bar.n)
             if isinstance(result, Skipped):
                 skipped.append(result)
                 continue
             written += 1
-            if total <= _FEW_PICTURES:
-                typer.echo(f"{result.file.name}  {result.size[0]} x {result.size[1]}  ->  {result.outputs.overlay}")
+            if few:
+                typer.echo(f"{result.file.name}  {result.size[0]} x {result.size[1]}  ->  {result.outputs.paths()[-1]}")
                 longest = max(len(segment.label) for segment in result.segments)
                 for segment, score in zip(result.segments, result.scores, strict=True):
                     typer.echo(f"  {segment.label:<{longest}}  {100 * segment.share:5.1f}%  score {score:.2f}")
-    typer.echo(f"{written} of {total} {'picture' if total == 1 else 'pictures'} segmented, results in {out}")
+    seconds = time.monotonic() - seconds
+    typer.echo(_summary(written, len(skipped), manifest, total, seconds))
     for result in skipped:
         typer.echo(f"arm-hf: skipped: {result.reason}", err=True)
     return len(skipped)
+
+
+def _summary(written: int, skipped: int, manifest: Any, total: int | None, seconds: float) -> str:
+    count = written + skipped + manifest.num_kept if total is None else total
+    text = f"{written} of {count} {'picture' if count == 1 else 'pictures'} segmented"
+    if manifest.num_kept:
+        text += f", {manifest.num_kept} were done before"
+    if manifest.part.count > 1:
+        text = f"part {manifest.part}: {text}"
+    if written > _FEW_PICTURES:
+        text += f" in {seconds:.0f} s ({written / seconds:.2f} a second)"
+    return f"{text}, results in {manifest.out}"

@@ -187,7 +187,8 @@ def test_segment_a_folder(arm, album, tiny_clip_folder, tmp_path, photo):
     out = tmp_path / "out"
     stems = ["alpha", "cmyk", "dot", "palette", "photo", "photo_png", "sixteen", "sub/long", "sub/turned"]
     written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-    assert written == sorted(f"{stem}{end}" for stem in stems for end in (".png", ".json", "_overlay.png"))
+    results = [f"{stem}{end}" for stem in stems for end in (".png", ".json", "_overlay.png")]
+    assert written == sorted([*results, "manifest.jsonl"])
     for stem in stems:
         legend = json.loads((out / f"{stem}.json").read_text(encoding="utf-8"))
         source = album / legend["image"]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from arm_hf.folders import collect_images, plan_outputs
+from arm_hf.folders import Skipped, Written, collect_images, plan_outputs
 from arm_hf.modeling.prompts import parse_labels
-from arm_hf.segmenting import RunSettings, Skipped, Written, load_pipeline, parse_options, segment_files
+from arm_hf.segmenting import RunSettings, load_pipeline, parse_options, run_record, segment_files
 
 
 def test_parse_options():
@@ -30,16 +30,21 @@ def test_pictures_come_back_in_order_and_bad_ones_are_left_out(tmp_path, photo, 
     files = collect_images([tmp_path / name for name in names])
     settings = RunSettings(parse_labels("cat, dog"), templates="single", batch_size=2)
     pipe = load_pipeline(str(tiny_clip_folder), device="cpu")
-    results = list(segment_files(pipe, files, plan_outputs(files, tmp_path / "out"), settings, "tiny"))
+
+    def segment(files, out, settings=settings, workers=0):
+        jobs = zip(files, plan_outputs(files, tmp_path / out), strict=True)
+        return list(segment_files(pipe, jobs, settings, run_record(pipe, settings, "tiny"), workers))
+
+    results = segment(files, "out")
     assert sorted(result.file.name for result in results) == names
     assert [result.file.name for result in results if isinstance(result, Written)] == ["2.jpg", "4.jpg"]
     skipped = [result for result in results if isinstance(result, Skipped)]
     assert all(result.file.name in result.reason for result in skipped)
 
     nothing = [file for file in files if file.name in ("1.jpg", "5.jpg")]
-    results = list(segment_files(pipe, nothing, plan_outputs(nothing, tmp_path / "out2"), settings, "tiny"))
+    results = segment(nothing, "out2")
     assert [type(result) for result in results] == [Skipped, Skipped]
 
     wrong = RunSettings(parse_labels("cat"), method_options={"no_such": 1})
     with pytest.raises(ValueError, match="has no setting no_such"):
-        next(segment_files(pipe, files, plan_outputs(files, tmp_path / "out3"), wrong, "tiny"))
+        segment(files, "out3", wrong)
