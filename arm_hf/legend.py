@@ -105,7 +105,7 @@ class _Cell:
         self.color, self.share, self.size = color, share, size
         self.font = font_for(label, size)
         self.share_font = ImageFont.load_default(size)
-        self.label = _shorten(drawable(label, self.font), self.font, widest_label)
+        self.label = shorten(drawable(label, self.font), self.font, widest_label)
         self.swatch = round(1.5 * size)
         self.gap = round(0.6 * size)
         self.share_width = math.ceil(self.share_font.getlength("99.9%"))
@@ -129,7 +129,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}%" if share < 0.0995 else f"{100 * share:.0f}%"
 
 
-def _shorten(text: str, font: Font, widest: float) -> str:
+def shorten(text: str, font: Font, widest: float) -> str:
     """Cut the text to the width given, with an ellipsis where something is missing."""
     if font.getlength(text) <= widest:
         return text
