@@ -16,10 +16,12 @@ from arm_hf import __version__
 from arm_hf.commands.coherence import coherence
 from arm_hf.commands.common import ExitCode, fail
 from arm_hf.commands.compare import compare
+from arm_hf.commands.data import data
+from arm_hf.commands.evaluate import evaluate, protocols
 from arm_hf.commands.listings import labels, methods
 from arm_hf.commands.segment import segment
 
-COMMANDS = (segment, compare, coherence, methods, labels)
+COMMANDS = (segment, compare, evaluate, protocols, data, coherence, methods, labels)
 
 app = typer.Typer(
     name="arm-hf",
