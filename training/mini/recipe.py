@@ -21,6 +21,7 @@ from .crops import CropOptions, draw_batch
 from .data import TRAIN_SETS, BalancedSampler, Photo, class_names, load_photos
 from .evaluate import TASKS, Evaluator, results_table
 from .export import assemble_clip, export_packed, image_processor, save_clip
+from .fair_base import TagStage, train_from_tags
 from .targets import ConceptWords, RuleTable, all_concepts, build_rules
 from .text_space import SentenceEncoder, TextSpace, everyday_words, minilm_folder
 from .text_student import TextStage, build_student, compound_words, embed_with_student, train_student
@@ -31,6 +32,7 @@ from .vision_tower import build_clip_vision, read_onnx_weights
 from .vocabulary import READABLE, concept_words, readable, spelling_variants
 
 STAGES = ("words", "text", "vision_a", "vision_b", "vision_c", "vision_d", "clip", "arm", "export", "evaluate")
+FURTHER_STAGES = ("fair",)  # run only when named
 TEMPLATES = tuple(dict.fromkeys([*IMAGENET_TEMPLATES, *CLIPER_TEMPLATES, *SINGLE_TEMPLATE, "a photo of a {}"]))
 BACKGROUND_LABELS = {("voc2012", 0), ("voc2012_extra", 0), ("coco_object", 0)}
 
@@ -62,6 +64,7 @@ class RecipeOptions:
         vision_c: third vision stage, rare classes as often as common ones.
         vision_d: last and longest vision stage, from the mean of the two before it; background as it is decided later.
         arm_stage: options of ARM's training.
+        fair: options of the tower that learns from tags alone.
     """
 
     data: Path
@@ -125,6 +128,7 @@ class RecipeOptions:
         )
     )
     arm_stage: ArmStage = field(default_factory=ArmStage)
+    fair: TagStage = field(default_factory=TagStage)
 
 
 def average_states(saved: list[dict]) -> dict:
@@ -157,10 +161,11 @@ class Recipe:
         Raises:
             ValueError: a name is unknown.
         """
-        unknown = [stage for stage in stages if stage not in STAGES]
+        known = (*STAGES, *FURTHER_STAGES)
+        unknown = [stage for stage in stages if stage not in known]
         if unknown:
-            raise ValueError(f"unknown stages {unknown}; choose from {', '.join(STAGES)}")
-        for stage in STAGES:
+            raise ValueError(f"unknown stages {unknown}; choose from {', '.join(known)}")
+        for stage in known:
             if stage in stages:
                 logger.info("stage %s", stage)
                 seed_everything(self.options.seed)
@@ -349,6 +354,19 @@ class Recipe:
         text = CLIPTextModelWithProjection.from_pretrained(self.work / "text_student")
         clip = assemble_clip(self.converted_tower(), text, saved["logit_scale"], saved["tower"])
         save_clip(self.work / "clip", clip, self.tokenizer, self.options.shortest_edge)
+
+    def stage_fair(self) -> None:
+        """The base that has seen no label map, for `training/ablate.py`: `fair_clip/`."""
+        if (self.work / "fair_clip").is_dir():
+            return
+        stage = replace(self.options.fair, seed=self.options.seed)
+        tower = self.converted_tower()
+        state, scale = train_from_tags(
+            tower, self.photos, self.sampler, self.rules(), self.student_words(), stage, self.work
+        )
+        text = CLIPTextModelWithProjection.from_pretrained(self.work / "text_student")
+        clip = assemble_clip(self.converted_tower(), text, scale, state)
+        save_clip(self.work / "fair_clip", clip, self.tokenizer, self.options.shortest_edge)
 
     # -- ARM, export, evaluation -----------------------------------------------------------------------------------
 
