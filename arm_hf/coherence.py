@@ -26,8 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from arm_hf.folders import read_image
-from arm_hf.labelled_folders import LabelledFolder, read_label_map
+from arm_hf.data import SegmentationData
 from arm_hf.modeling.attention import merge_heads, project_heads
 from arm_hf.modeling.cra_dsi import regenerate
 from arm_hf.modeling.dense_clip import DenseCLIP
@@ -158,7 +157,7 @@ class CoherenceReport:
 @torch.inference_mode()
 def measure_coherence(
     pipe: Any,
-    folder: LabelledFolder,
+    data: SegmentationData,
     size: int | None = None,
     templates: str | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -167,10 +166,10 @@ def measure_coherence(
 
     Args:
         pipe: An `open-vocab-segmentation` pipeline; a model with ARM is measured without it.
-        folder: The images.
+        data: The images.
         size: Shorter side in pixels that the network sees; the pipeline's default otherwise.
         templates: Prompt templates for C; the model's own otherwise.
-        progress: Wraps the list of files, such as `tqdm`.
+        progress: Wraps the rows of the data, such as `tqdm`.
 
     Raises:
         ValueError: An image or label map is unusable, or the images do not allow a comparison.
@@ -180,8 +179,8 @@ def measure_coherence(
     tower = dense.tower
     last, depth = tower.last_block, tower.num_blocks
     # The background has no word: it is nobody's nearest class.
-    classes = [index for index in range(len(folder.classes)) if index != folder.background_index]
-    words = [folder.classes[index] for index in classes]
+    classes = [index for index in range(len(data.classes)) if index != data.background_index]
+    words = [data.classes[index] for index in classes]
     templates = templates or getattr(model.config, "templates", None) or "imagenet80"
     embeddings = pipe.text_encoder.class_embeddings(words, templates)  # (Q, D)
 
@@ -189,15 +188,14 @@ def measure_coherence(
     layers = [{name: PairCounts() for name in FEATURES} for _ in range(depth)]
     values = [PairCounts() for _ in range(depth)]
     right, total = [0] * depth, 0
-    for image_path, label_path in progress(folder.pairs):
-        image = read_image(image_path)
-        labels = read_label_map(label_path, folder, image.size)
+    for row in progress(data.dataset):
+        image, labels = data.read(row)
         inputs = pipe.preprocess(
             image, candidate_labels=[Label(name="any", words=("any",))], background="none", size=size
         )
         pixels = inputs["pixels"][0][None].to(device, model.dtype)
-        counts = patch_label_counts(labels, dense, pixels, len(folder.classes))
-        same, pairs = _label_pairs(counts, folder.background_index, tower.patch_size)
+        counts = patch_label_counts(labels, dense, pixels, len(data.classes))
+        same, pairs = _label_pairs(counts, data.background_index, tower.patch_size)
         same, pairs, of_class = same.to(device), pairs.to(device), counts[:, classes].to(device)
         total += int(of_class.sum())
 
@@ -216,7 +214,7 @@ def measure_coherence(
             nearest = (features @ embeddings.to(features.dtype).T).argmax(dim=-1)  # (N,)
             right[index] += int(of_class.gather(1, nearest[:, None]).sum())
     return CoherenceReport(
-        len(folder.pairs),
+        len(data),
         [
             {"layer": number, **{name: counts.summary() for name, counts in layer.items()}}
             for number, layer in enumerate(layers, start=1)

@@ -15,10 +15,11 @@ from .common import one_line_errors, quiet_libraries
 
 def coherence(
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="A folder with images/, labels/, classes.json and lists of names.")
+        str, typer.Argument(metavar="DATA", help="A folder with images/, labels/, classes.json, or a standard tree.")
     ],
+    layout: Annotated[str | None, typer.Option(help="Which standard data set it is, such as voc21.")] = None,
     split: Annotated[str, typer.Option(help="Which list of names: val for val.txt.")] = "val",
-    limit: Annotated[int | None, typer.Option(help="Take only the first so many images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first so many images.")] = None,
     model: Annotated[str, typer.Option(help="The embedded model, a local folder, or a hub id.")] = DEFAULT_MODEL,
     size: Annotated[int | None, typer.Option(help="Shorter side in pixels that the network sees.")] = None,
     templates: Annotated[str | None, typer.Option(help="Sentences for the class names, as for segment.")] = None,
@@ -30,9 +31,11 @@ def coherence(
     with one_line_errors():
         if out is not None and os.path.exists(out) and not overwrite:
             raise ValueError(f"{out} is there already; choose another --out, or pass --overwrite")
-        from arm_hf.labelled_folders import open_labelled_folder
+        from arm_hf.data import open_data
 
-        folder = open_labelled_folder(data, split, limit)
+        images = open_data(data, split, layout=layout)
+        if limit is not None:
+            images = images.select(range(min(limit, len(images))))
 
         from tqdm import tqdm
 
@@ -43,7 +46,7 @@ def coherence(
         quiet_libraries()
         pipe = load_pipeline(model, device=device)
         report = measure_coherence(
-            pipe, folder, size, templates, progress=lambda pairs: tqdm(pairs, unit="image", disable=None)
+            pipe, images, size, templates, progress=lambda rows: tqdm(rows, unit="image", disable=None)
         )
         for line in report.table():
             typer.echo(line)

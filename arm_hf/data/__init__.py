@@ -18,9 +18,9 @@ import datasets
 
 from .hub import looks_like_hub_id, open_hub_data
 from .layouts import LAYOUTS
-from .plain_folder import open_plain_folder
+from .plain_folder import PlainFolder
 from .segmentation_data import SegmentationData
-from .standard_trees import candidates, find_tree, get_layout, open_tree
+from .standard_trees import candidates, find_tree, get_layout
 
 __all__ = ["LAYOUTS", "SegmentationData", "open_data"]
 
@@ -99,12 +99,12 @@ def _open_folder(
             streaming=streaming,
         )
     if layout is None and (root / "classes.json").exists():
-        return open_plain_folder(root, split, label_column or "labels", label_names)
+        return PlainFolder(root, split, label_column or "labels", label_names).open()
     if label_column is not None:
         raise ValueError(f"label_column is for hub data sets and folders with classes.json, not for {str(root)!r}")
     files = find_tree(root, split, layout)
     if files is not None:
-        return open_tree(files, label_names)
+        return dataclasses.replace(files, label_names=label_names).open()
     if layout is not None:
         wanted = candidates(get_layout(layout), split, root)[0]
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,53 @@ from .segmentation_data import SegmentationData, default_ignore_index, find_back
 DESCRIPTION = "such a folder holds images/, labels/, classes.json and a list of names per split, as val.txt"
 
 
-def open_plain_folder(
-    root: Path,
-    split: str,
-    label_folder: str = "labels",
-    label_names: Sequence[str] | None = None,
-) -> SegmentationData:
-    """Open `SPLIT.txt` of a folder: one name per line, the image `images/NAME.*` and the labels `labels/NAME.png`.
+@dataclass(frozen=True)
+class PlainFolder:
+    """One split: `SPLIT.txt` names, a line each, the image `images/NAME.*` and the label map `labels/NAME.png`.
 
-    Args:
+    Attributes:
         root: Holds `classes.json` with the keys `classes` and, if need be, `background_index` and `ignore_index`.
         split: Which list of names.
         label_folder: Another folder with labels of the same images.
         label_names: Its classes, in place of those in `classes.json`; a class named `background` is the background.
-
-    Raises:
-        ValueError: Something is missing or malformed; the message names it.
     """
-    classes, background, ignore = read_classes(root / "classes.json")
-    if label_names is not None:
-        classes, background = tuple(label_names), find_background(label_names)
-    names = read_names(root / f"{split}.txt")
-    images = find_pairs(names, index_folder(root / "images", IMAGE_EXTENSIONS), "image", root / "images", split)
-    labels = find_pairs(names, index_folder(root / label_folder, (".png",)), "label map", root / label_folder, split)
-    return SegmentationData(
-        root.resolve().name, split, classes, ignore, background, make_dataset(names, images, labels)
-    )
+
+    root: Path
+    split: str
+    label_folder: str = "labels"
+    label_names: Sequence[str] | None = None
+
+    def names(self) -> list[str]:
+        """The names in the list.
+
+        Raises:
+            ValueError: There is no such list, or it names nothing, or a name twice.
+        """
+        return read_names(self.root / f"{self.split}.txt")
+
+    def found_images(self) -> dict[str, Path]:
+        """The images that are there, by name."""
+        return index_folder(self.root / "images", IMAGE_EXTENSIONS)
+
+    def found_labels(self) -> dict[str, Path]:
+        """The label maps that are there, by name."""
+        return index_folder(self.root / self.label_folder, (".png",))
+
+    def open(self, names: Sequence[str] | None = None) -> SegmentationData:
+        """The split, or those images of it.
+
+        Raises:
+            ValueError: Something is missing or malformed; the message names it.
+        """
+        classes, background, ignore = read_classes(self.root / "classes.json")
+        if self.label_names is not None:
+            classes, background = tuple(self.label_names), find_background(self.label_names)
+        if names is None:
+            names = self.names()
+        images = find_pairs(names, self.found_images(), "image", self.root / "images", self.split)
+        labels = find_pairs(names, self.found_labels(), "label map", self.root / self.label_folder, self.split)
+        dataset = make_dataset(names, images, labels)
+        return SegmentationData(self.root.resolve().name, self.split, classes, ignore, background, dataset)
 
 
 def read_names(path: Path) -> list[str]:

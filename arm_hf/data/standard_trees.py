@@ -28,6 +28,7 @@ class TreeFiles:
         labels: The same of the label maps.
         lists: Files with the names, all of which count; none: the label maps that are there.
         alternatives: The lists that would do.
+        label_names: Names of the classes in place of the usual ones.
     """
 
     layout: Layout
@@ -38,6 +39,7 @@ class TreeFiles:
     labels: tuple[Path, str]
     lists: tuple[Path, ...]
     alternatives: tuple[str, ...]
+    label_names: Sequence[str] | None = None
 
     def names(self) -> list[str]:
         """The names of the split's images.
@@ -76,6 +78,30 @@ class TreeFiles:
         others = tuple(f"{kind}{ending}" for kind in _OTHER_KINDS)
         files = (file for _, _, names in os.walk(folder, followlinks=True) for file in names)
         return any(file.endswith(ending) and not file.endswith(others) for file in files)
+
+    def open(self, names: Sequence[str] | None = None) -> SegmentationData:
+        """The split, or those images of it.
+
+        Raises:
+            ValueError: Files are missing, or there is another number of names than of classes.
+        """
+        layout, given = self.layout, self.label_names
+        classes = check_names(layout, given) if given is not None else class_names(layout, self.root)
+        if names is None:
+            names = self.names()
+        images = find_pairs(names, self.found_images(), "image", self.images[0], self.split)
+        labels = find_pairs(names, self.found_labels(), "label map", self.labels[0], self.split)
+        ignore_index = default_ignore_index(len(classes))
+        return SegmentationData(
+            layout.name,
+            self.split,
+            classes,
+            ignore_index,
+            background_index(layout),
+            make_dataset(names, images, labels),
+            make_lookup(self.tree.values, ignore_index),
+            self.tree.matlab_key,
+        )
 
 
 _OTHER_KINDS = ("_labelTrainIds", "_instanceTrainIds")  # maps that may lie beside those called NAME.png
@@ -174,34 +200,6 @@ def class_names(layout: Layout, root: Path | None = None) -> tuple[str, ...]:
 def background_index(layout: Layout) -> int | None:
     """The class that means "none of the others"."""
     return find_background(class_names(layout)) if layout.label_set is not None else None
-
-
-def open_tree(files: TreeFiles, label_names: Sequence[str] | None = None) -> SegmentationData:
-    """Open a split that is there.
-
-    Args:
-        files: Where it is.
-        label_names: Names in place of the usual ones.
-
-    Raises:
-        ValueError: Files are missing, or there is another number of names than of classes.
-    """
-    layout = files.layout
-    names = files.names()
-    images = find_pairs(names, files.found_images(), "image", files.images[0], files.split)
-    labels = find_pairs(names, files.found_labels(), "label map", files.labels[0], files.split)
-    classes = check_names(layout, label_names) if label_names is not None else class_names(layout, files.root)
-    ignore_index = default_ignore_index(len(classes))
-    return SegmentationData(
-        layout.name,
-        files.split,
-        classes,
-        ignore_index,
-        background_index(layout),
-        make_dataset(names, images, labels),
-        make_lookup(files.tree.values, ignore_index),
-        files.tree.matlab_key,
-    )
 
 
 def check_names(layout: Layout, label_names: Sequence[str]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from arm_hf.coherence import PairCounts, auroc, measure_coherence, patch_label_counts
-from arm_hf.labelled_folders import open_labelled_folder, read_label_map
+from arm_hf.data import open_data
 from arm_hf.modeling.dense_clip import DenseCLIP
 from arm_hf.modeling.pipeline_arm import OpenVocabSegmentationPipeline
 
@@ -98,14 +98,15 @@ def test_patch_label_counts(tiny_clip):
 
 @torch.no_grad()
 def test_measure_against_plain_loops(folder, pipe, tiny_clip):
-    data = open_labelled_folder(folder)
+    data = open_data(folder)
     report = measure_coherence(pipe, data, templates="single")
     words = pipe.text_encoder.class_embeddings(["cat", "grass"], "single")
     vision, last = tiny_clip.vision_model, tiny_clip.vision_model.encoder.layers[-1]
     scores = {key: [] for key in ("query", "key", "value", "deep")}
     hits = pixels_of_classes = 0
-    for image, label_file in data.pairs:
-        labels = np.asarray(Image.open(label_file)).astype(int)
+    for name in ("photo_0.png", "photo_1.png"):
+        image = folder / "images" / name
+        labels = np.asarray(Image.open(folder / "labels" / name)).astype(int)
         patches = [labels[y : y + 16, x : x + 16] for y in range(0, 64, 16) for x in range(0, 96, 16)]
         usual = []
         for patch in patches:
@@ -145,56 +146,6 @@ def test_measure_against_plain_loops(folder, pipe, tiny_clip):
     assert len(report.layers) == len(report.values) == 12
 
 
-class TestFolder:
-    def test_reads(self, folder):
-        data = open_labelled_folder(folder, limit=1)
-        assert (data.classes, data.background_index, data.ignore_index) == (tuple(CLASSES), 0, 255)
-        assert [image.name for image, _ in data.pairs] == ["photo_0.png"]
-        assert read_label_map(data.pairs[0][1], data, (96, 64)).shape == (64, 96)
-
-    @pytest.mark.parametrize(
-        ("name", "content", "message"),
-        [
-            ("classes.json", None, "cannot read .*classes.json': No such file"),
-            ("classes.json", "{", "is not JSON"),
-            ("classes.json", "[]", "must hold"),
-            (
-                "classes.json",
-                '{"classes": ["a"], "background_index": 1}',
-                "background_index in .* must be 0 to 0, got 1",
-            ),
-            ("val.txt", None, "cannot read .*val.txt"),
-            ("val.txt", "\n", "names no images"),
-            ("val.txt", "photo_7", "there is no image .*photo_7' .* that val.txt names"),
-            ("labels/photo_1.png", None, "there is no label map .*photo_1.png"),
-        ],
-    )
-    def test_missing_or_broken(self, folder, name, content, message):
-        (folder / name).unlink()
-        if content is not None:
-            (folder / name).write_text(content)
-        with pytest.raises(ValueError, match=message):
-            open_labelled_folder(folder)
-
-    @pytest.mark.parametrize(
-        ("labels", "message"),
-        [
-            (np.full((64, 96), 3, dtype=np.uint8), "holds 3; allowed are 0 to 2 and 255"),
-            (np.zeros((64, 95), dtype=np.uint8), "is 95 x 64, its image 96 x 64"),
-            (np.zeros((64, 96, 3), dtype=np.uint8), "must have one channel"),
-            (None, "cannot read the label map"),
-        ],
-    )
-    def test_unusable_labels(self, folder, labels, message):
-        path = folder / "labels" / "photo_0.png"
-        if labels is None:
-            path.write_text("no image")
-        else:
-            Image.fromarray(labels).save(path)
-        with pytest.raises(ValueError, match=message):
-            read_label_map(path, open_labelled_folder(folder), (96, 64))
-
-
 class TestCommand:
     @pytest.fixture
     def arm(self, tmp_path, root):
@@ -225,4 +176,4 @@ class TestCommand:
     def test_errors_are_one_line(self, arm, folder):
         done = arm(folder / "nothing")
         assert done.returncode == 2
-        assert done.stderr.startswith("arm-hf: error: cannot read") and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("arm-hf: error: there is no folder") and len(done.stderr.splitlines()) == 1

@@ -59,11 +59,13 @@ class ConfusionMatrix:
             references: The right class of every pixel, likewise.
 
         Raises:
-            ValueError: The two differ in shape, or do not hold whole numbers.
+            ValueError: The two differ in shape, are no maps, or do not hold whole numbers.
         """
         predictions, references = np.asarray(predictions), np.asarray(references)
-        if predictions.shape != references.shape:
-            raise ValueError(f"a prediction of shape {predictions.shape} meets a reference of {references.shape}")
+        if predictions.shape != references.shape or predictions.ndim != 2:
+            raise ValueError(
+                f"prediction and reference must be (H, W) of one size, got {predictions.shape} and {references.shape}"
+            )
         for name, values in (("predictions", predictions), ("references", references)):
             if not np.issubdtype(values.dtype, np.integer):
                 raise ValueError(f"{name} must be whole numbers, got {values.dtype}")
@@ -178,7 +180,7 @@ class ConfusionMatrix:
         assert self.boundary_radius is not None
         ignored = references == self.ignore_index
         maps = [np.where(ignored, -1, self._rows(values)) for values in (references, predictions)]
-        pixels = boundary_pixels(*references.shape, self.boundary_radius)
+        pixels = boundary_pixels(references.shape[0], references.shape[1], self.boundary_radius)
         edges = [near_edge(values, pixels) & (values >= 0) & (values < self.num_classes) for values in maps]
         for row, mask in enumerate((edges[0], edges[1], edges[0] & edges[1] & (maps[0] == maps[1]))):
             self.boundary[row] += np.bincount(maps[row % 2][mask], minlength=self.num_classes)
