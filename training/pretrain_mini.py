@@ -42,7 +42,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--results", type=Path, help="JSON file for the measurements")
     parser.add_argument("--card", type=Path, help="README.md to put beside the weights")
-    parser.add_argument("--stages", nargs="+", choices=(*STAGES, *FURTHER_STAGES), default=list(STAGES), help="run only these")
+    parser.add_argument(
+        "--stages", nargs="+", choices=(*STAGES, *FURTHER_STAGES), default=list(STAGES), help="run only these"
+    )
     parser.add_argument("--shortest-edge", type=int, default=336, help="side images are resized to by the model")
     parser.add_argument("--text-steps", type=int, help="steps of the text tower")
     parser.add_argument("--vision-a-steps", type=int, help="steps of the first vision stage")
