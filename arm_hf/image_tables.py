@@ -67,18 +67,20 @@ class ImageTable:
         from datasets import Image
 
         self.source = sources[0]
-        self.files = None if _is_on_hub(self.source) else [path for given in sources for path in _files_of(given)]
+        self.files: list[str] | None = None
+        if not _is_on_hub(self.source):
+            lengths = {path: _num_rows(path) for given in sources for path in _files_of(given)}
+            self.files = [path for path, length in lengths.items() if length]
+            self._lengths = [length for length in lengths.values() if length]
+            if not self.files:
+                raise ValueError(f"{self.source!r} holds no rows")
         rows = self._open(split, revision)
         self.column = _image_column(rows, column, self.source)
         self.rows = rows.select_columns([self.column]).cast_column(self.column, Image(decode=False))
         if self.files is None:
             self.place = f"{self.source}@{revision}#{split}" if revision else f"{self.source}#{split}"
             known = (rows.info.splits or {}).get(split)
-            self._total = known.num_examples if known is not None and known.num_examples else None
-        else:
-            import pyarrow.parquet
-
-            self._lengths = [pyarrow.parquet.read_metadata(path).num_rows for path in self.files]
+            self._num_examples = known.num_examples if known is not None and known.num_examples else None
 
     def _open(self, split: str, revision: str | None) -> Any:
         from datasets import load_dataset
@@ -104,7 +106,7 @@ class ImageTable:
     def total(self, part: Part) -> int | None:
         """Number of rows of one process, or `None` if nobody knows."""
         if self.files is None:
-            return None if self._total is None else len(range(self._total)[part.share])
+            return None if self._num_examples is None else len(range(self._num_examples)[part.share])
         if self._by_files(part):
             return sum(self._lengths[part.share])
         return sum(len(range(length)[part.share]) for length in self._lengths)
@@ -160,6 +162,15 @@ def _files_of(given: str) -> list[str]:
     if not files:
         raise ValueError(f"there is no file or folder {given!r}")
     return files
+
+
+def _num_rows(path: str) -> int:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows
+    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
+        raise ValueError(f"cannot read the parquet file {path!r}: {' '.join(str(error).split())}") from error
 
 
 def _image_column(rows: Any, wanted: str | None, source: str) -> str:

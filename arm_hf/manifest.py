@@ -92,6 +92,7 @@ class Manifest:
         self._done: set[tuple[str, str]] = set()  # (legend, source)
         self._done_in: Counter[str] = Counter()
         self._rows: dict[str, int] = {}
+        self._cut_off: dict[Path, list[str]] = {}
         self._runs: dict[str, dict] = {}
         if existing == "keep":
             for path in sorted(out.glob(_NAME)):
@@ -128,7 +129,19 @@ class Manifest:
                 for path in outputs.paths():
                     if path.exists():
                         raise already_there(path)
+            if self.existing == "keep":
+                self._remove_cut_off(outputs)
             yield file, outputs
+
+    def _remove_cut_off(self, outputs: OutputFiles) -> None:
+        """Remove the temporary files that a kill left of a picture's results; other pictures may be under way."""
+        folder = outputs.legend.parent
+        if folder not in self._cut_off:
+            self._cut_off[folder] = [path.name for path in folder.glob(".*.part")]
+        for path in outputs.paths():
+            for name in self._cut_off[folder]:
+                if name.startswith(f".{path.name}."):
+                    (folder / name).unlink(missing_ok=True)
 
     def is_done(self, file: ImageFile, outputs: OutputFiles) -> bool:
         """Whether this run has finished a picture: it is recorded, or its legend says so, and its files are there.

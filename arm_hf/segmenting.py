@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from arm_hf import __version__, resolve_model
-from arm_hf.drawing import indexed_png, overlay, segments
+from arm_hf.drawing import DrawingStyle, indexed_png, overlay, segments
 from arm_hf.folders import ImageFile, OutputFiles, Skipped, UnreadableImage, Written, atomic_path, read_image
+from arm_hf.legend import Segment
 from arm_hf.manifest import digest
 from arm_hf.modeling.decision import window_boxes
 from arm_hf.modeling.dense_clip import get_method
@@ -181,8 +182,13 @@ def default_workers(device_type: str, total: int | None) -> int:
 
 
 def segment_files(
-    pipe: Any, jobs: Iterable[Job], settings: RunSettings, record: Mapping[str, Any], workers: int = 0
-) -> Iterator[Written | Skipped]:
+    pipe: Any,
+    jobs: Iterable[Job],
+    settings: RunSettings,
+    record: Mapping[str, Any],
+    workers: int = 0,
+    style: DrawingStyle | None = None,
+) -> Generator[Written | Skipped]:
     """Segment pictures and write their files.
 
     Pictures whose resized form has the same shape share a forward pass of up to `batch_size`; those that wait for
@@ -195,6 +201,7 @@ def segment_files(
         record: What the legends say about the run (`run_record`).
         workers: Threads that read and resize ahead, and as many that write behind. With 0 one picture is worked on
             after the other.
+        style: Palette and kind of the pictures.
 
     Yields:
         What became of each picture. One that cannot be read is left out and does not stop the others. With
@@ -217,7 +224,7 @@ def segment_files(
         return job, image, pipe.preprocess(image, **preprocess)
 
     def finish(job: Job, image: Image.Image, output: dict[str, Any]) -> Written:
-        return _write(*job, image, pipe.postprocess(output, **postprocess), legend)
+        return _write(*job, image, pipe.postprocess(output, **postprocess), legend, style or DrawingStyle())
 
     skipped: list[Skipped] = []
 
@@ -251,10 +258,15 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
 
 
 def _write(
-    file: ImageFile, outputs: OutputFiles, image: Image.Image, result: dict, record: Mapping[str, Any]
+    file: ImageFile,
+    outputs: OutputFiles,
+    image: Image.Image,
+    result: dict,
+    record: Mapping[str, Any],
+    style: DrawingStyle,
 ) -> Written:
     semantic_map, id2label = np.asarray(result["semantic_map"]), result["id2label"]
-    found = segments(semantic_map, id2label)
+    found = segments(semantic_map, id2label, style.colors)
     score_of = {segment["label"]: round(float(segment["score"]), 4) for segment in result["segments"]}
     scores = [score_of[segment.label] for segment in found]
     files = {"labels": outputs.labels.name}
@@ -263,9 +275,37 @@ def _write(
     legend = {
         "image": file.name,
         "source": file.source,
-        "width": image.width,
-        "height": image.height,
         "files": files,
+        **legend_record(image.size, found, scores, id2label),
+        **record,
+    }
+    with atomic_path(outputs.labels) as path:
+        indexed_png(semantic_map, id2label, style.colors).save(path, format="PNG")
+    if outputs.overlay is not None:
+        with atomic_path(outputs.overlay) as path:
+            drawn = overlay(image, semantic_map, id2label, colors=style.colors, contours=style.contours)
+            drawn.save(path, format="PNG")
+    # Last, so that a legend says that the picture is done.
+    with atomic_path(outputs.legend) as path:
+        path.write_text(readable_json(legend), encoding="utf-8")
+    num_bytes = sum(path.stat().st_size for path in outputs.paths())
+    return Written(file, outputs, image.size, found, scores, num_bytes)
+
+
+def legend_record(
+    size: tuple[int, int], found: Sequence[Segment], scores: Sequence[float], id2label: Mapping[int, str]
+) -> dict[str, Any]:
+    """Return what a legend says about a label map, as values for JSON.
+
+    Args:
+        size: Width and height.
+        found: The classes that occur (`arm_hf.drawing.segments`).
+        scores: Mean score of each inside its area.
+        id2label: Class index to name, of all classes.
+    """
+    return {
+        "width": size[0],
+        "height": size[1],
         "segments": [
             {
                 "id": segment.id,
@@ -278,21 +318,10 @@ def _write(
             for segment, score in zip(found, scores, strict=True)
         ],
         "id2label": {str(index): name for index, name in id2label.items()},
-        **record,
     }
-    with atomic_path(outputs.labels) as path:
-        indexed_png(semantic_map, id2label).save(path, format="PNG")
-    if outputs.overlay is not None:
-        with atomic_path(outputs.overlay) as path:
-            overlay(image, semantic_map, id2label).save(path, format="PNG")
-    # Last, so that a legend says that the picture is done.
-    with atomic_path(outputs.legend) as path:
-        path.write_text(_readable_json(legend), encoding="utf-8")
-    num_bytes = sum(path.stat().st_size for path in outputs.paths())
-    return Written(file, outputs, image.size, found, scores, num_bytes)
 
 
-def _readable_json(record: dict[str, Any]) -> str:
+def readable_json(record: Mapping[str, Any]) -> str:
     """Write a record with one line for each key, and one for each item of a list of records."""
     lines = []
     for key, value in record.items():

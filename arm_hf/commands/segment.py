@@ -72,6 +72,12 @@ def segment(
         str | None, typer.Option(help="Column of a data set that holds the pictures.  [default: the only one]")
     ] = None,
     pictures: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Write the picture for people too.")] = True,
+    colors: Annotated[
+        str, typer.Option(metavar="vivid|colorblind", help="Palette; colorblind suits every kind of eye.")
+    ] = "vivid",
+    contours: Annotated[
+        bool, typer.Option("--contours", help="Outline the patches and leave the photo's colours as they are.")
+    ] = False,
     model: Annotated[
         str,
         typer.Option(help="The embedded model, a local folder, or a hub id; an ARM checkpoint or a plain CLIP."),
@@ -145,6 +151,7 @@ def segment(
     work under torchrun or accelerate launch (-m arm_hf.cli segment ...), or with --part.
     """
     with one_line_errors(traceback):
+        from arm_hf.drawing import DrawingStyle
         from arm_hf.folders import collect_images, output_folder, plan_outputs
         from arm_hf.image_tables import ImageTable, tables_of
         from arm_hf.label_sets import labels_from as read_labels
@@ -155,6 +162,7 @@ def segment(
             raise ValueError('say what to look for: --labels "cat, dog, sky" or --labels-from voc21')
         if resume and overwrite:
             raise ValueError("--resume keeps finished results and --overwrite replaces them; choose one")
+        style = DrawingStyle(colors, contours)
         wanted = [] if labels_from is None else list(read_labels(labels_from))
         wanted += [] if labels is None else parse_labels(labels)
         parsed = parse_labels(wanted)
@@ -196,13 +204,13 @@ def segment(
             raise ValueError(f"workers must not be negative, got {workers}")
         quiet_libraries()
         pipe = load_pipeline(model, revision, device, dtype, trust_remote_code)
-        record = run_record(pipe, settings, model)
+        record = {**run_record(pipe, settings, model), "drawing": vars(style)}
         existing = "keep" if resume else "replace" if overwrite else "refuse"
         manifest = Manifest(output_folder(out), record, mine, existing)
         jobs = manifest.left(table.jobs(manifest, pictures) if tables else zip(files, plan, strict=True))
         threads = default_workers(pipe.device.type, total) if workers is None else workers
         try:
-            skipped = _report(segment_files(pipe, jobs, settings, record, threads), manifest, total)
+            skipped = _report(segment_files(pipe, jobs, settings, record, threads, style), manifest, total)
         finally:
             manifest.close()
     if skipped:
@@ -215,7 +223,8 @@ def _report(results: Generator[Any], manifest: Any, total: int | None) -> int:
 
     from arm_hf.folders import Skipped
 
-    written, seconds, skipped = 0, time.monotonic(), []
+    written, began = 0, time.monotonic()
+    skipped: list[Skipped] = []
     few = total is not None and total <= _FEW_PICTURES
     on_terminal = sys.stderr.isatty()
     bar = tqdm(
@@ -241,8 +250,7 @@ def _report(results: Generator[Any], manifest: Any, total: int | None) -> int:
                 longest = max(len(segment.label) for segment in result.segments)
                 for segment, score in zip(result.segments, result.scores, strict=True):
                     typer.echo(f"  {segment.label:<{longest}}  {100 * segment.share:5.1f}%  score {score:.2f}")
-    seconds = time.monotonic() - seconds
-    typer.echo(_summary(written, len(skipped), manifest, total, seconds))
+    typer.echo(_summary(written, len(skipped), manifest, total, time.monotonic() - began))
     for result in skipped:
         typer.echo(f"arm-hf: skipped: {result.reason}", err=True)
     return len(skipped)
