@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from arm_hf.colors import palette
+from arm_hf.colors import PALETTES, palette
 from arm_hf.legend import MOST_ENTRIES, Segment, add_legend, drawable, font_for, text_size
+
+
+@dataclass(frozen=True)
+class DrawingStyle:
+    """How label maps are drawn; see `overlay`.
+
+    Raises:
+        ValueError: There is no such palette.
+    """
+
+    colors: str = "vivid"
+    contours: bool = False
+
+    def __post_init__(self):
+        if self.colors not in PALETTES:
+            raise ValueError(f"unknown palette {self.colors!r}; choose one of {', '.join(PALETTES)}")
 
 
 def segments(semantic_map: np.ndarray, id2label: Mapping[int, str], colors: str = "vivid") -> list[Segment]:
