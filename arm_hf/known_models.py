@@ -85,7 +85,7 @@ class KnownModel:
     def evidence(self) -> str:
         """What the recommended layers rest on."""
         if self.shape == "B/16":
-            return "best of six pairs, Table 4 of the ARM paper"
+            return "the best of six pairs in Table 4 of the ARM paper"
         if self.shape.startswith("L/14"):
             return "the only pair the ARM paper names; its L/14 results use no other"
         return "the pair of the ARM paper, untried at this depth and patch size"

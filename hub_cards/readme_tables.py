@@ -29,11 +29,8 @@ def results_table(results: Mapping[str, Any]) -> str:
     """mIoU in percent of the embedded model on validation photos, with and without ARM, as a Markdown table."""
     lines = ["| validation photos of | photos | classes present | mIoU | mIoU with ARM |", "|---|---|---|---|---|"]
     for row in rows(dict(results)):
-        plain, refined = row["without_arm"], row.get("with_arm")
-        lines.append(
-            f"| {row['title']} | {plain['images']} | {plain['classes_present']} | {plain['miou']:.1f} | "
-            f"{'-' if refined is None else format(refined['miou'], '.1f')} |"
-        )
+        figures = " | ".join("-" if value is None else f"{value:.1f}" for value in (row.alone, row.with_arm))
+        lines.append(f"| {row.title} | {row.images} | {row.classes_present} | {figures} |")
     return "\n".join(lines)
 
 

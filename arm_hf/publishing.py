@@ -1,0 +1,387 @@
+"""Make of a trained ARM the folder that strangers load: weights, config, code, tokenizer, processor, card, pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arm_hf import DEFAULT_MODEL, resolve_model
+from arm_hf.hub_cards.build_card import (
+    HERE,
+    MARKER,
+    MINI_FACTS,
+    MINI_PICTURE,
+    Picture,
+    model_card,
+    read_json,
+)
+from arm_hf.hub_cards.lint import SECTIONS, problems
+from arm_hf.hub_cards.metadata import CardFacts
+
+FORMS = ("lean", "full", "int8")
+CARD_NAME, ADAPTER, PICTURES = "README.md", "adapter", "pictures"
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png")
+TRAINING_OPTIONS = (  # of a run's options.yaml, those that a reader of the card asks for
+    *("data", "split", "class_names", "epochs", "max_steps", "batch_size", "learning_rate", "weight_decay", "schedule"),
+    *("loss", "ignored_pixels", "crop_size", "resize_min", "resize_max", "seed", "lora", "lora_rank"),
+)
+
+
+@dataclass(frozen=True)
+class CardRequest:
+    """What a person adds to a card.
+
+    Attributes:
+        results: JSON files of measurements; by default `results.json` and `results/*.json` beside the weights.
+        pictures: Sample pictures, beside those in `pictures/`.
+        license: Identifier of the weights' licence.
+        datasets: Hub ids of the training data.
+    """
+
+    results: Sequence[str | os.PathLike] = ()
+    pictures: Sequence[str | os.PathLike] = ()
+    license: str = "apache-2.0"
+    datasets: Sequence[str] = ()
+
+
+@dataclass
+class Built:
+    """A folder that is ready to be published.
+
+    Attributes:
+        folder: The folder.
+        source: What it was made from.
+        form: One of `FORMS`.
+        pipe: The pipeline it was saved from.
+        exact: Whether its weights are those of the source bit for bit, so that results must not differ.
+        notes: What a person should know, a line each.
+    """
+
+    folder: Path
+    source: Path
+    form: str
+    pipe: Any
+    exact: bool
+    notes: list[str] = field(default_factory=list)
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: the embedded one by name, a model folder, or the best (else last) model of a run.
+
+    Raises:
+        ValueError: There is no ARM model.
+    """
+    folder = Path(resolve_model(name)).expanduser()
+    found = next(
+        (path for path in (folder, folder / "best", folder / "last") if (path / "config.json").is_file()), None
+    )
+    if found is None:
+        raise ValueError(f"{name!r} holds no model: neither it nor best/ or last/ in it has a config.json")
+    kind = read_json(found / "config.json", "").get("model_type")
+    if kind != "arm":
+        raise ValueError(f"{str(found)!r} holds a model of type {kind!r}; only ARM models are published")
+    return found
+
+
+def build(source: Path, folder: Path, repo_id: str, form: str | None = None, card: CardRequest | None = None) -> Built:
+    """Write the folder to publish.
+
+    Args:
+        source: Folder of an ARM model (`find_model`). It is only read.
+        folder: Where to write; must not exist.
+        repo_id: Name in the Hub, for the card.
+        form: "lean" (ARM alone, the CLIP is loaded from the Hub), "full" (towers included) or "int8" (towers included,
+            a quarter of the size, lossy). By default that of the source; "full" where a lean one could not be loaded
+            elsewhere, or CLIP was tuned with LoRA.
+        card: What a person adds to the card.
+
+    Raises:
+        ValueError: The form is impossible, or the card of the source is not fit to publish.
+        OSError: Weights, tokenizer or image processor cannot be found.
+    """
+    from arm_hf.modeling.modeling_arm import PACKED_WEIGHTS_NAME, ARMModel
+    from arm_hf.modeling.pipeline_arm import OpenVocabSegmentationPipeline
+
+    if form not in (None, *FORMS):
+        raise ValueError(f"the form of the weights is one of {', '.join(FORMS)}, got {form!r}")
+    card = card or CardRequest()
+    model = ARMModel.from_pretrained(source).eval()
+    config, notes = model.config, []
+    stored = "int8" if config.weight_packing else "full" if config.checkpoint_contents == "full" else "lean"
+    adapter = source / ADAPTER if (source / ADAPTER / "adapter_config.json").is_file() else None
+    base_model = config.clip_name_or_path if _on_the_hub(config.clip_name_or_path) else None
+    tokenizer, processor = (_part(kind, source, config) for kind in ("AutoTokenizer", "AutoImageProcessor"))
+
+    chosen = form or stored
+    if adapter is not None:
+        if form == "lean":
+            raise ValueError(
+                "CLIP was tuned with LoRA, so its towers differ from the Hub's; choose the form full or int8"
+            )
+        model, chosen = _merge(model, adapter), form or "full"
+        config = model.config
+        notes.append("LoRA: merged into the towers, and kept apart in adapter/")
+    elif chosen == "lean" and base_model is None:
+        if form == "lean":
+            raise ValueError(
+                f"a lean checkpoint needs a CLIP of the Hub, but this one names {config.clip_name_or_path!r}; choose "
+                "the form full or int8"
+            )
+        chosen = "full"
+        notes.append("towers included: the CLIP it was trained on is a folder of this machine")
+    if base_model is None or adapter is not None:
+        config.clip_name_or_path = config.clip_revision = None
+    elif chosen == "lean":
+        config.clip_revision = _pinned(base_model, config.clip_revision)
+        notes.append(f"lean: loads CLIP from {base_model} at revision {config.clip_revision}")
+
+    pipe = OpenVocabSegmentationPipeline(model=model, tokenizer=tokenizer, image_processor=processor)
+    packing = "int8" if chosen == "int8" else None
+    folder.mkdir(parents=True)
+    pipe.save_pretrained(folder, self_contained=chosen != "lean", weight_packing=packing)
+    if chosen == stored == "int8":  # packing what was packed would round once more
+        shutil.copyfile(source / PACKED_WEIGHTS_NAME, folder / PACKED_WEIGHTS_NAME)
+    if adapter is not None:
+        _copy_adapter(adapter, folder / ADAPTER, base_model)
+    pictures = _copy_pictures(source, folder, card.pictures)
+    text, kept = _card(source, folder, repo_id, card, pictures, base_model, adapter is not None)
+    if kept:
+        notes.append(f"card: {CARD_NAME} of the source, which somebody wrote")
+    wrong = problems(text, folder, () if kept else SECTIONS)
+    if wrong:
+        raise ValueError(f"the card is not fit to publish: {'; '.join(wrong)}")
+    (folder / CARD_NAME).write_text(text, encoding="utf-8")
+    _check_privacy(folder, source)
+    return Built(folder, source, chosen, pipe, exact=chosen == stored or chosen == "full", notes=notes)
+
+
+def check(built: Built) -> str:
+    """Load a built folder in fresh processes, and compare with what it was made from.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        ValueError: It does not load, or gives other results.
+    """
+    from arm_hf.load_check import check_folder, probe
+
+    loaded, original = check_folder(built.folder, built.pipe.model), probe(built.pipe)
+    if built.exact and not loaded.agrees(original):
+        raise ValueError("the built folder gives other labels than the model it was made from")
+    share = 100 * float((loaded.labels == original.labels).mean())
+    same = "the labels of the original" if built.exact else f"{share:.1f} % of the original's labels after rounding"
+    return f"loads in a fresh process with arm_hf, and with trust_remote_code alone; both give {same}"
+
+
+def describe(built: Built) -> list[str]:
+    """What would be uploaded: a line for each file, the largest first, the code in one."""
+    sizes = {
+        path.relative_to(built.folder).as_posix(): path.stat().st_size
+        for path in built.folder.rglob("*")
+        if path.is_file()
+    }
+    code = {name: size for name, size in sizes.items() if name.endswith(".py")}
+    shown = sorted(((size, name) for name, size in sizes.items() if name not in code), reverse=True)
+    lines = [f"{_megabytes(size)}  {name}" for size, name in shown]
+    lines.append(f"{_megabytes(sum(code.values()))}  {len(code)} files of code (*.py)")
+    return [*lines, f"{_megabytes(sum(sizes.values()))}  in {len(sizes)} files, one commit"]
+
+
+def write_card(source: Path, repo_id: str | None, card: CardRequest, overwrite: bool = False) -> Path:
+    """Build the card of a folder anew, in place.
+
+    Raises:
+        ValueError: A card is there that somebody wrote, and `overwrite` is off; or the new one is not fit to publish.
+    """
+    from arm_hf.hub_cards.build_card import write_card as write
+
+    path = source / CARD_NAME
+    if path.exists() and MARKER not in path.read_text(encoding="utf-8") and not overwrite:
+        raise ValueError(f"{str(path)!r} is a card that somebody wrote; pass --overwrite to replace it")
+    base = read_json(source / "config.json", "").get("clip_name_or_path")
+    pictures = [Picture(f"{PICTURES}/{found.name}", _words(found)) for found in _pictures_of(source)]
+    adapter = (source / ADAPTER / "adapter_config.json").is_file()
+    write(path, _new_card(source, source, repo_id, card, pictures, base if _on_the_hub(base) else None, adapter))
+    return path
+
+
+def _card(
+    source: Path,
+    folder: Path,
+    repo_id: str,
+    card: CardRequest,
+    pictures: Sequence[Picture],
+    base_model: str | None,
+    adapter: bool,
+) -> tuple[str, bool]:
+    """The card's text, and whether it is the source's own, which somebody wrote by hand."""
+    own = source / CARD_NAME
+    if own.is_file() and not _is_mini(source):
+        text = own.read_text(encoding="utf-8")
+        if MARKER not in text:
+            return text, True
+    return _new_card(source, folder, repo_id, card, pictures, base_model, adapter), False
+
+
+def _new_card(
+    source: Path,
+    folder: Path,
+    repo_id: str | None,
+    card: CardRequest,
+    pictures: Sequence[Picture],
+    base_model: str | None,
+    adapter: bool,
+) -> str:
+    mini = _is_mini(source)
+    results = [read_json(Path(path), "arm-hf evaluate") for path in card.results] or _results_of(source)
+    facts = MINI_FACTS if mini else CardFacts(card.license, tuple(card.datasets), base_model)
+    name = repo_id.rpartition("/")[2] if repo_id else DEFAULT_MODEL if mini else _name_of(source)
+    template = f"{DEFAULT_MODEL}.md.j2" if mini else "trained.md.j2"
+    training = {} if mini else _training_of(source)
+    return model_card(folder, name, template, facts, results, pictures, repo_id, training, adapter)
+
+
+def _is_mini(source: Path) -> bool:
+    try:
+        return source.samefile(resolve_model(DEFAULT_MODEL))
+    except FileNotFoundError:
+        return False
+
+
+def _name_of(source: Path) -> str:
+    path = source.resolve()
+    return path.parent.name if path.name in ("best", "last") else path.name
+
+
+def _results_of(source: Path) -> list[dict[str, Any]]:
+    if _is_mini(source):
+        return [read_json(HERE / "results" / f"{DEFAULT_MODEL}.json", "training/pretrain_mini.py --results")]
+    paths = [source / "results.json", *sorted((source / "results").glob("*.json"))]
+    return [read_json(path, "arm-hf evaluate") for path in paths if path.is_file()]
+
+
+def _training_of(source: Path) -> dict[str, Any]:
+    """The options of the run that a model came from, and the steps it took, for the card."""
+    import yaml
+
+    run = next((path for path in (source, source.parent) if (path / "options.yaml").is_file()), None)
+    if run is None:
+        return {}
+    options: Mapping[str, Any] = yaml.safe_load((run / "options.yaml").read_text(encoding="utf-8")) or {}
+    found = {name: options[name] for name in TRAINING_OPTIONS if options.get(name) not in (None, [], False)}
+    for name, value in found.items():
+        if isinstance(value, list):
+            found[name] = ", ".join(_public_name(str(item)) for item in value)
+    log = run / "log.jsonl"
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if line] if log.is_file() else []
+    return {**found, **({"steps taken": max(steps)} if steps else {})}
+
+
+def _public_name(text: str) -> str:
+    """A hub id as it is, of a path its last part: where data lie on this machine is nobody's business."""
+    return text if _on_the_hub(text) else Path(text).name
+
+
+def _part(kind: str, source: Path, config: Any) -> Any:
+    """Tokenizer or image processor of the source, else of the CLIP it names."""
+    import transformers
+
+    auto = getattr(transformers, kind)
+    try:
+        return auto.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        if not config.clip_name_or_path:
+            what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
+            raise OSError(f"{str(source)!r} holds no {what}, and its config names no CLIP to take it from") from error
+    return auto.from_pretrained(config.clip_name_or_path, revision=config.clip_revision or "main")
+
+
+def _merge(model: Any, adapter: Path) -> Any:
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{str(adapter)!r} has no adapter_model.safetensors; other formats are not read")
+    from peft import PeftModel
+
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    merged.clip.requires_grad_(False)
+    return merged.eval()
+
+
+def _copy_adapter(source: Path, target: Path, base_model: str | None) -> None:
+    target.mkdir()
+    record = read_json(source / "adapter_config.json", "peft")
+    record["base_model_name_or_path"] = base_model
+    (target / "adapter_config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(source / "adapter_model.safetensors", target / "adapter_model.safetensors")
+
+
+def _pictures_of(source: Path) -> list[Path]:
+    found = sorted((source / PICTURES).glob("*")) if (source / PICTURES).is_dir() else []
+    return [path for path in found if path.suffix.lower() in PICTURE_ENDINGS]
+
+
+def _copy_pictures(source: Path, folder: Path, more: Sequence[str | os.PathLike]) -> list[Picture]:
+    from PIL import Image
+
+    if _is_mini(source) and not more and (HERE / MINI_PICTURE.path).is_file():
+        (folder / PICTURES).mkdir()
+        shutil.copyfile(HERE / MINI_PICTURE.path, folder / MINI_PICTURE.path)
+        return [MINI_PICTURE]
+    pictures = []
+    for path in (*_pictures_of(source), *map(Path, more)):
+        target = folder / PICTURES / path.name
+        if target.exists():
+            raise ValueError(f"two sample pictures are called {path.name!r}; rename one")
+        with Image.open(path) as image:
+            image.verify()
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+        pictures.append(Picture(f"{PICTURES}/{path.name}", _words(path)))
+    return pictures
+
+
+def _words(path: Path) -> str:
+    return path.stem.replace("_", " ").replace("-", " ")
+
+
+def _on_the_hub(name: str | None) -> bool:
+    return (
+        name is not None
+        and name.count("/") <= 1
+        and not name.startswith((".", "/", "~"))
+        and "\\" not in name
+        and not Path(name).exists()
+    )
+
+
+def _pinned(clip: str, revision: str | None) -> str | None:
+    """The commit of the CLIP that is in the cache, so that a later change of its repository changes nothing here."""
+    from transformers.utils import cached_file
+
+    commit_hash = re.compile(r"[0-9a-f]{40}")
+    if revision and commit_hash.fullmatch(revision):
+        return revision
+    path = cached_file(clip, "config.json", revision=revision or "main")
+    commit = Path(path).parent.name if path else ""
+    return commit if commit_hash.fullmatch(commit) else revision
+
+
+def _check_privacy(folder: Path, source: Path) -> None:
+    """Raise ValueError when a text file says where things lie on this machine."""
+    private = {str(Path.home()), str(source.resolve()), str(folder.resolve()), os.getcwd()} - {"/"}
+    for path in folder.rglob("*"):
+        if path.suffix in (".json", ".md", ".txt", ".jinja"):
+            text = path.read_text(encoding="utf-8")
+            found = next((name for name in sorted(private) if f"{name}/" in text or f'{name}"' in text), None)
+            if found is not None:
+                raise ValueError(f"{path.name} names the folder {found!r} of this machine; take it out and try again")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:9.2f} MB" if size >= 1e4 else f"{size / 1e3:9.2f} kB"
