@@ -9,6 +9,7 @@ Object-Centric Image Segmentation Evaluation", CVPR 2021.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -97,13 +98,22 @@ class ConfusionMatrix:
         self.boundary += other.boundary
 
     def reduce(self) -> ConfusionMatrix:
-        """The sum over all processes (`accelerate`); every one of them must call this, and gets the same."""
+        """The sum over all processes (`accelerate`); every one of them must call this, and gets the same.
+
+        Raises:
+            RuntimeError: Several processes were launched, but `accelerate` has not joined them.
+        """
         import torch
         from accelerate import PartialState
         from accelerate.utils import reduce
 
-        device = PartialState().device
-        flat = torch.from_numpy(np.concatenate([self.counts.ravel(), self.boundary.ravel()])).to(device)
+        state, launched = PartialState(), int(os.environ.get("WORLD_SIZE", "1"))
+        if state.num_processes != launched:
+            raise RuntimeError(
+                f"{launched} processes were launched, accelerate knows of {state.num_processes}; make an "
+                "accelerate.Accelerator() first"
+            )
+        flat = torch.from_numpy(np.concatenate([self.counts.ravel(), self.boundary.ravel()])).to(state.device)
         summed = reduce(flat, "sum").cpu().numpy()
         total = ConfusionMatrix(**self._settings())
         total.counts = summed[: self.counts.size].reshape(self.counts.shape)
