@@ -13,15 +13,18 @@ from typing import Annotated
 import typer
 
 from arm_hf import __version__
+from arm_hf.commands.card import card
 from arm_hf.commands.coherence import coherence
 from arm_hf.commands.common import ExitCode, fail
 from arm_hf.commands.compare import compare
 from arm_hf.commands.data import data
 from arm_hf.commands.evaluate import evaluate, protocols
+from arm_hf.commands.export import export
 from arm_hf.commands.listings import labels, methods
+from arm_hf.commands.publish import publish
 from arm_hf.commands.segment import segment
 
-COMMANDS = (segment, compare, evaluate, protocols, data, coherence, methods, labels)
+COMMANDS = (segment, compare, evaluate, protocols, data, coherence, export, methods, labels, publish, card)
 
 app = typer.Typer(
     name="arm-hf",

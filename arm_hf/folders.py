@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ __all__ = [
     "already_there",
     "atomic_path",
     "collect_images",
+    "new_folder",
     "output_folder",
     "plan_outputs",
     "read_image",
@@ -225,6 +228,35 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:  # an interrupt, too, must leave nothing behind
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary folder beside it; it becomes `folder` when all went well and vanishes otherwise.
+
+    Raises:
+        ValueError: If `folder` is a file, or a folder with something in it.
+    """
+    final = output_folder(folder)
+    if final.exists() and any(final.iterdir()):
+        raise ValueError(f"{str(final)!r} is not empty; choose another folder")
+    final.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.absolute().parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner alone
+        if final.exists():
+            final.rmdir()
+        os.replace(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _walk(folder: Path, left_out: Path | None) -> Iterator[Path]:
