@@ -275,14 +275,14 @@ def _make_room(cache: FeatureCache, missing: int, limit_gb: float) -> None:
     others = sum(path.stat().st_size for path in root.glob("*/records.bin") if path.parent != cache.folder)
     total, free = record * len(cache), shutil.disk_usage(root).free
     if total + others > limit_gb * GB:
-        kept = f" beside {others / GB:.2f} GB of other runs in {str(root)!r}" if others else ""
+        kept = f" beside {others / GB:.3g} GB of other runs in {str(root)!r}" if others else ""
         raise ValueError(
-            f"the features of {len(cache)} views need {total / GB:.2f} GB{kept}, but cache_limit_gb is {limit_gb:g}; "
+            f"the features of {len(cache)} views need {total / GB:.3g} GB{kept}, but cache_limit_gb is {limit_gb:g}; "
             "raise it, remove other caches, use fewer cache_views or images, or train without cache_features"
         )
     if record * missing > free:
         raise ValueError(
-            f"the features need {record * missing / GB:.2f} GB, but {str(root)!r} has {free / GB:.2f} GB free; choose "
+            f"the features need {record * missing / GB:.3g} GB, but {str(root)!r} has {free / GB:.3g} GB free; choose "
             "another cache_dir, or train without cache_features"
         )
 

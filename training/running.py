@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+REPEATED_WITHIN = 2.0  # seconds
+
 
 def together(accelerator: Accelerator, *numbers: int) -> list[int]:
     """Sums of whole numbers over all processes."""
@@ -27,7 +29,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 class StopRequest:
-    """Notes the first signal that asks the process to stop; a second one ends it as usual.
+    """Notes a signal that asks the process to stop. Launchers repeat it; a later Ctrl-C ends the process at once.
 
     Attributes:
         signal: Number of the signal, or None.
@@ -37,6 +39,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._noted = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -50,8 +53,10 @@ class StopRequest:
         self._before = {}
 
     def _note(self, number: int, _frame: Any) -> None:
-        self.signal = number
-        self.__exit__()
+        if self.signal is None:
+            self.signal, self._noted = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() > self._noted + REPEATED_WITHIN:
+            raise KeyboardInterrupt
 
 
 def let_parent_decide(_worker: int) -> None:

@@ -18,11 +18,12 @@ from arm_hf.modeling.prompts import Vocabulary
 from arm_hf.modeling.text import TextEncoder
 
 from .options import TrainingOptions
+from .running import let_parent_decide
 from .views import name_classes, open_sets
 
 
 class _Images(Dataset):
-    """Whole images, ready for the model: pixels (1, 3, H, W) and labels (H', W') at the size of the file."""
+    """Whole images for the model, pixels (1, 3, H, W), with labels (H', W') at the size of the file; or an error."""
 
     def __init__(self, data: SegmentationData, processor: Any):
         self.data, self.processor = data, processor
@@ -30,8 +31,11 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, np.ndarray]:
-        image, labels = self.data.read(self.data.dataset[index])
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, np.ndarray] | str:
+        try:
+            image, labels = self.data.read(self.data.dataset[index])
+        except (ValueError, OSError) as error:
+            return f"cannot validate on {self.data.name}: {error}"
         return self.processor(image, return_tensors="pt").pixel_values, labels
 
 
@@ -86,7 +90,16 @@ class Validator:
             _Images(mine, self.processor),
             batch_size=None,
             num_workers=self.options.workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=let_parent_decide,
             generator=torch.Generator(),  # the default one belongs to training
         )
         quiet = not self.accelerator.is_main_process
-        yield from tqdm(loader, desc=f"mIoU {data.name}", unit="image", leave=False, disable=quiet, mininterval=2)
+        for entry in tqdm(loader, desc=f"mIoU {data.name}", unit="image", leave=False, disable=quiet, mininterval=2):
+            if isinstance(entry, str):
+                raise ValueError(entry)
+            yield entry
+
+
+def _as_it_is(entry: Any) -> Any:
+    return entry
