@@ -60,6 +60,8 @@ class ARMConfig(PreTrainedConfig):
         templates: Prompt templates: a name of `TEMPLATE_SETS` or a list of templates.
         background: Default background policy of the pipeline: None, a threshold, words, or a mapping of both.
         odd_sizes: "pad" images to whole patches, or "drop" the remainder as some reference code does.
+        adapter: Sub-folder of a lean checkpoint with a peft adapter of CLIP (LoRA that was trained beside ARM). Loading
+            merges it into the towers.
         checkpoint_contents: Written by `save_pretrained`: "head" (ARM alone) or "full" (towers included).
         weight_packing: Written by `save_pretrained`: None or "int8".
 
@@ -106,6 +108,7 @@ class ARMConfig(PreTrainedConfig):
     templates: str | list | tuple = "imagenet80"
     background: float | str | list | dict | None = None
     odd_sizes: str = "pad"
+    adapter: str | None = None
     checkpoint_contents: str = "head"
     weight_packing: str | None = None
     initializer_range: float = 0.02

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ class ARMModel(PreTrainedModel):
             OSError: The checkpoint, or the CLIP that a lean checkpoint refers to, cannot be found.
             ValueError: The checkpoint lacks weights (nothing is ever left random), or shapes do not fit.
         """
-        source, config = pretrained_model_name_or_path, kwargs.pop("config", None)
+        source, config, hub = pretrained_model_name_or_path, kwargs.pop("config", None), {}
         wants_info = kwargs.pop("output_loading_info", False)
         with _damage_reported(source):
             if source is not None and kwargs.get("state_dict") is None:
@@ -172,6 +173,8 @@ class ARMModel(PreTrainedModel):
         model.config.name_or_path = str(pretrained_model_name_or_path or "")
         model.clip.requires_grad_(False)  # loading makes new parameters
         model._tower_loaded = True
+        if model.config.adapter is not None and pretrained_model_name_or_path is not None:
+            model._merge_adapter(pretrained_model_name_or_path, hub)
         model.train(model.training)
         return (model, info) if wants_info else model
 
@@ -189,6 +192,24 @@ class ARMModel(PreTrainedModel):
         clip = _load_clip(config.clip_name_or_path, config.clip_revision, **arguments)
         _check_tower(clip, config)
         return {**{f"clip.{key}": value for key, value in clip.state_dict().items()}, **load_file(path)}
+
+    def _merge_adapter(self, source: Any, hub: Mapping[str, Any]) -> None:
+        """Merge the checkpoint's adapter into the towers, which then are no longer those that the config names."""
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise ImportError(
+                f"{source} holds an adapter for its CLIP; loading it needs peft: pip install peft"
+            ) from error
+        places = (hub.get("subfolder"), self.config.adapter)
+        folder = "/".join(place for place in places if place)
+        with warnings.catch_warnings():
+            # peft 0.21 reads a property of transformers' models that is called otherwise from version 5 on.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            PeftModel.from_pretrained(self, source, **{**hub, "subfolder": folder}).merge_and_unload()
+        self.clip.requires_grad_(False)
+        self.arm.requires_grad_(True)
+        self.config.adapter = self.config.clip_name_or_path = self.config.clip_revision = None
 
     def save_pretrained(
         self,
