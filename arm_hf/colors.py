@@ -87,7 +87,7 @@ def _vivid(names: tuple[str, ...]) -> tuple[Color, ...]:
             chosen[done] = _from_srgb(np.array(label_color(name)))
             continue
         candidates = _candidates(names[index], tries)  # (T, 3)
-        nearest = np.linalg.norm(candidates[:, None] - chosen[None, :done], axis=-1).min(axis=1)  # (T,)
+        nearest = np.linalg.norm((candidates[:, None] - chosen[None, :done]) * _OVER_A_PHOTO, axis=-1).min(axis=1)
         far = np.flatnonzero(nearest >= distance)
         chosen[done] = candidates[far[0] if len(far) else nearest.argmax()]
     colors = _to_srgb(chosen[1:])
@@ -198,5 +198,8 @@ def _to_srgb(lab: np.ndarray) -> list[Color]:
     value = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     return [(int(red), int(green), int(blue)) for red, green, blue in np.rint(255 * value)]
 
+
+# Over a photo a colour's lightness is partly the photo's, so two colours that differ in it alone look alike.
+_OVER_A_PHOTO = np.array([0.6, 1.0, 1.0])
 
 _BACKGROUND_LAB = _from_srgb(np.array(BACKGROUND_COLOR))
