@@ -83,7 +83,10 @@ class DataReport:
 
 def download_lines(layout: Layout) -> list[str]:
     """What to get for a layout, and where to put it."""
-    return [f"  to download for {layout.name}:", *(f"    {line}" for line in layout.downloads)]
+    return [
+        f"  to download for {layout.name}, into folders below the one you name:",
+        *(f"    {line}" for line in layout.downloads),
+    ]
 
 
 def check_folder(

@@ -268,6 +268,8 @@ _ADE_150 = Layout(
     sizes={"train": 20210, "val": 2000},
 )
 
+# Names of the classes: ADE20K's own index of objects, in the order of Cheng et al., "Per-Pixel Classification is Not
+# All You Need for Semantic Segmentation", NeurIPS 2021 (MaskFormer), whose script makes the label maps.
 _ADE_847 = Layout(
     name="ade847",
     title="ADE20K: 847 classes of the full data set",
