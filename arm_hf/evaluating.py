@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,23 +147,29 @@ class Evaluation:
 
 
 class Processes:
-    """The processes of this run, through accelerate where there are several.
+    """The processes of this run, through accelerate where there are several (`torchrun`, `accelerate launch`).
 
-    Several are started by `torchrun` or `accelerate launch`. On CPUs set ACCELERATE_USE_CPU=1.
+    Args:
+        device: What was asked for; "cpu" also where there is an accelerator.
+
+    Raises:
+        ValueError: Several processes were started, and they do not find each other.
     """
 
-    def __init__(self) -> None:
-        import os
+    def __init__(self, device: str | None = None) -> None:
+        self.rank, self.count, self.device = 0, int(os.environ.get("WORLD_SIZE", "1")), device
+        if self.count == 1:
+            return
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-        self.rank, self.count = 0, int(os.environ.get("WORLD_SIZE", "1"))
-        if self.count > 1:
-            from accelerate import PartialState
-
-            state = PartialState()
-            self.rank, self.count = state.process_index, state.num_processes
-            self.device: str | None = str(state.device)
-        else:
-            self.device = None
+        on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        state = PartialState(cpu=on_cpu)
+        if state.num_processes != self.count:
+            raise ValueError(f"{self.count} processes were started, but accelerate sees {state.num_processes}")
+        self.rank = state.process_index
+        if device in (None, state.device.type):  # "cuda" means this process's own
+            self.device = str(state.device)
 
     @property
     def is_main(self) -> bool:

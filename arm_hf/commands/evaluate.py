@@ -87,8 +87,7 @@ def evaluate(
     """Evaluate methods, with and without ARM: results.json, results.md, images.csv and pictures.
 
     A killed evaluation goes on where it was when the same command runs again. Several processes: put
-    `torchrun --nproc-per-node N -m arm_hf.cli` or `accelerate launch -m arm_hf.cli` in the place of `arm-hf` (on CPUs
-    with ACCELERATE_USE_CPU=1 set).
+    `torchrun --nproc-per-node N -m arm_hf.cli` or `accelerate launch -m arm_hf.cli` in the place of `arm-hf`.
     """
     with one_line_errors():
         from arm_hf.comparing import ARM_CHOICES, parse_methods
@@ -121,7 +120,7 @@ def evaluate(
             window_batch_size=window_batch_size,
         )
         quiet_libraries()
-        processes = Processes()
+        processes = Processes(device)
         from arm_hf.evaluation_pictures import write_pictures
         from arm_hf.hub_metric import OURS, HubMetric
         from arm_hf.partial_results import remove_partial
@@ -133,7 +132,7 @@ def evaluate(
         source = open_data(
             data, split, layout=layout, streaming=streaming, image_column=image_column, label_column=label_column
         )
-        pipe = load_pipeline(model, revision, device or processes.device, dtype, trust_remote_code)
+        pipe = load_pipeline(model, revision, processes.device, dtype, trust_remote_code)
         if arm is None and not hasattr(pipe.model, "arm"):
             import dataclasses
 

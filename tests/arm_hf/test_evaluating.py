@@ -75,7 +75,7 @@ def setup_of(protocol, method, **arguments):
 
 
 def invoke(*words):
-    return CliRunner().invoke(app, ["evaluate", *map(str, words), "--device", "cpu"])
+    return CliRunner().invoke(app, ["evaluate", "--device", "cpu", *map(str, words)])
 
 
 def numbers(folder):
@@ -387,7 +387,7 @@ def test_worst_and_best_are_apart(tmp_path, pipe):
 def start(root, words, launcher=()):
     """The command in a process of its own."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "1"}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     command = [sys.executable, *launcher, "-m", "arm_hf.cli", "evaluate", *map(str, words)]
     return subprocess.Popen(
         command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -418,7 +418,7 @@ def test_a_killed_evaluation_goes_on(tmp_path, root, model_folder):
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path, root, model_folder):
     data, out = write_data(tmp_path / "data", 7), tmp_path / "out"
-    words = ["--data", data, "--methods", "sclip,cliper", "--model", model_folder, "--pictures", 1]
+    words = ["--data", data, "--methods", "sclip,cliper", "--model", model_folder, "--pictures", 1, "--device", "cpu"]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     output, _ = start(root, [*words, "--out", out], launcher).communicate(timeout=500)
     assert (out / "results.json").exists(), output
