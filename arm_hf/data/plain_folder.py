@@ -13,7 +13,7 @@ from arm_hf.modeling.images import IMAGE_EXTENSIONS
 
 from .segmentation_data import SegmentationData, default_ignore_index, find_background, make_dataset
 
-DESCRIPTION = "such a folder holds images/, labels/, classes.json and a list of names per split, as val.txt"
+_HINT = "; such a folder holds images/, labels/, classes.json and a list of names per split, as val.txt"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_names(path: Path) -> list[str]:
     Raises:
         ValueError: There is no such list, or it names nothing, or a name twice.
     """
-    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(path, _HINT).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{str(path)!r} names no images")
     if len(set(names)) < len(names):
@@ -115,8 +115,8 @@ def find_pairs(names: Sequence[str], found: dict[str, Path], what: str, folder: 
     return [found[name] for name in names]
 
 
-def read_text(path: Path) -> str:
-    """The file's text.
+def read_text(path: Path, hint: str = "") -> str:
+    """The file's text; `hint` ends the error.
 
     Raises:
         ValueError: It cannot be read.
@@ -125,7 +125,7 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ValueError(f"cannot read {str(path)!r}: {reason}; {DESCRIPTION}") from error
+        raise ValueError(f"cannot read {str(path)!r}: {reason}{hint}") from error
 
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], int | None, int]:
@@ -135,7 +135,7 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], int | None, int]:
         ValueError: The file is missing or says something else.
     """
     try:
-        record: Any = json.loads(read_text(path))
+        record: Any = json.loads(read_text(path, _HINT))
     except json.JSONDecodeError as error:
         raise ValueError(f"{str(path)!r} is not JSON: {error}") from error
     classes = record.get("classes") if isinstance(record, dict) else None

@@ -214,6 +214,26 @@ class TestTrees:
         with pytest.raises(ValueError, match=r"2007_1.png' holds 21; allowed in voc21 are 0 to 20, 255"):
             data.read(data.dataset[1])
 
+    def test_classes_named_by_the_tree(self, voc):
+        """PASCAL Context brings the names of its 459 classes along."""
+        savemat = pytest.importorskip("scipy.io").savemat
+        (voc / "trainval").mkdir()
+        for number in range(2):
+            savemat(voc / "trainval" / f"2007_{number}.mat", {"LabelMap": np.full((3, 4), 459 + number)})
+        (voc / "val.txt").write_text("2007_0\n2007_1\n")
+        with pytest.raises(ValueError, match=r"cannot read .*labels.txt': No such file or directory$"):
+            open_data(voc, layout="context459")
+        (voc / "labels.txt").write_text("1: accordion\n2: aeroplane\n")
+        with pytest.raises(ValueError, match=r"context459 has 459 classes, labels.txt names 2"):
+            open_data(voc, layout="context459")
+        data = open_data(voc, layout="context459", label_names=[str(number) for number in range(459)])
+        assert set(data.read(data.dataset[0])[1].flat) == {458}
+        with pytest.raises(ValueError, match=r"2007_1.mat' holds 460; allowed in context459 are 0 to 459$"):
+            data.read(data.dataset[1])
+        (voc / "trainval" / "2007_0.mat").write_bytes(b"broken")
+        with pytest.raises(ValueError, match=r"cannot read the label map .*2007_0.mat'"):
+            data.read(data.dataset[0])
+
     def test_tables_are_whole(self):
         """Every class of every layout is named by some value, and no value names a class that is not there."""
         for layout in LAYOUTS.values():

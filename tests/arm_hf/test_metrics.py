@@ -183,9 +183,9 @@ class TestMeanIoU:
         ):
             with pytest.raises(ValueError, match=message):
                 metric.compute(num_labels=2, ignore_index=255, **arguments)
-        with pytest.raises(ValueError, match="needs num_labels"):
+        with pytest.raises(ValueError, match="num_labels and ignore_index are needed"):
             metric.compute(predictions=[small], references=[small])
-        with pytest.raises(ValueError, match="needs num_labels and ignore_index when"):
+        with pytest.raises(ValueError, match="num_labels and ignore_index are needed"):
             metrics.load("mean_iou", boundary_radius=0.02)
         with pytest.raises(ValueError, match="unknown metric 'iou'; known are mean_iou"):
             metrics.load("iou")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -53,6 +54,38 @@ Examples:
 """
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What true labels mean; None is not said yet."""
+
+    num_labels: int | None
+    ignore_index: int | None
+    label_map: Mapping[int, int] | None = None
+    reduce_labels: bool | None = None
+
+    def or_else(self, other: _Settings) -> _Settings:
+        """These settings, and the other's where these say nothing."""
+        mine = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(other, **mine)
+
+    def matrix(self, boundary_radius: float | None) -> ConfusionMatrix:
+        """Counts of nothing yet."""
+        if self.num_labels is None or self.ignore_index is None:
+            raise ValueError("num_labels and ignore_index are needed, for compute or (for boundaries) when loading")
+        return ConfusionMatrix(self.num_labels, self.ignore_index, boundary_radius)
+
+    def relabel(self, labels: np.ndarray) -> np.ndarray:
+        """The true labels as `label_map` and `reduce_labels` have them."""
+        changed = labels.copy()
+        for old, new in (self.label_map or {}).items():
+            changed[labels == old] = new
+        if self.reduce_labels:
+            changed[changed == 0] = 255
+            changed -= 1
+            changed[changed == 254] = 255
+        return changed
+
+
 class MeanIoU(evaluate.Metric):
     """mean_iou of the hub, counted as maps arrive.
 
@@ -78,14 +111,7 @@ class MeanIoU(evaluate.Metric):
         reduce_labels: bool = False,
         **kwargs: Any,
     ) -> None:
-        if boundary_radius is not None and (num_labels is None or ignore_index is None):
-            raise ValueError("boundary_radius needs num_labels and ignore_index when the metric is loaded")
-        self._settings = {
-            "num_labels": num_labels,
-            "ignore_index": ignore_index,
-            "label_map": label_map,
-            "reduce_labels": reduce_labels,
-        }
+        self._settings = _Settings(num_labels, ignore_index, label_map, reduce_labels)
         self._boundary_radius = boundary_radius
         self._reset()
         super().__init__(*args, **kwargs)
@@ -93,11 +119,7 @@ class MeanIoU(evaluate.Metric):
     def _reset(self) -> None:
         self._pairs: Counter[tuple[int, int]] = Counter()  # (prediction, reference) as given: pixels
         self._added = 0
-        self._edges: ConfusionMatrix | None = None
-        if self._boundary_radius is not None:
-            self._edges = ConfusionMatrix(
-                self._settings["num_labels"], self._settings["ignore_index"], self._boundary_radius
-            )
+        self._edges = None if self._boundary_radius is None else self._settings.matrix(self._boundary_radius)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -119,8 +141,7 @@ class MeanIoU(evaluate.Metric):
             raise ValueError(f"a prediction of shape {predictions.shape} meets a reference of {references.shape}")
         self._pairs.update(_count_pairs(predictions.ravel(), references.ravel()))
         if self._edges is not None:
-            settings = self._settings
-            self._edges.update(predictions, _relabel(references, settings["label_map"], settings["reduce_labels"]))
+            self._edges.update(predictions, self._settings.relabel(references))
         self._added += 1
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
@@ -154,23 +175,14 @@ class MeanIoU(evaluate.Metric):
         label_map: Mapping[int, int] | None = None,
         reduce_labels: bool | None = None,
     ) -> dict[str, Any] | None:
-        given = {
-            "num_labels": num_labels,
-            "ignore_index": ignore_index,
-            "label_map": label_map,
-            "reduce_labels": reduce_labels,
-        }
-        settings = {name: self._settings[name] if value is None else value for name, value in given.items()}
+        settings = _Settings(num_labels, ignore_index, label_map, reduce_labels).or_else(self._settings)
         if self._edges is not None and settings != self._settings:
             raise ValueError(f"boundaries were found with {self._settings}; figures with {settings} would not fit them")
-        if settings["num_labels"] is None or settings["ignore_index"] is None:
-            raise ValueError("compute needs num_labels and ignore_index")
-
-        matrix = ConfusionMatrix(settings["num_labels"], settings["ignore_index"], self._boundary_radius)
+        matrix = settings.matrix(self._boundary_radius)
         if self._pairs:
             values = np.array(list(self._pairs), dtype=np.int64)  # (P, 2)
-            references = _relabel(values[:, 1], settings["label_map"], settings["reduce_labels"])
-            matrix.add_pairs(values[:, 0], references, np.array(list(self._pairs.values()), dtype=np.int64))
+            times = np.array(list(self._pairs.values()), dtype=np.int64)
+            matrix.add_pairs(values[:, 0], settings.relabel(values[:, 1]), times)
         if self._edges is not None:
             matrix.boundary = self._edges.boundary
         if self.num_process > 1:
@@ -220,15 +232,3 @@ def _count_pairs(predictions: np.ndarray, references: np.ndarray) -> dict[tuple[
         pairs, counts = np.unique(np.stack([predictions, references]), axis=1, return_counts=True)
         found = pairs.T.tolist()
     return {(first, second): count for (first, second), count in zip(found, counts.tolist(), strict=True)}
-
-
-def _relabel(labels: np.ndarray, label_map: Mapping[int, int] | None, reduce_labels: bool) -> np.ndarray:
-    """The true labels as `label_map` and `reduce_labels` have them."""
-    changed = labels.copy()
-    for old, new in (label_map or {}).items():
-        changed[labels == old] = new
-    if reduce_labels:
-        changed[changed == 0] = 255
-        changed -= 1
-        changed[changed == 254] = 255
-    return changed
