@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from arm_hf.drawing import overlay, segments
-from arm_hf.legend import add_legend, font_for
+from arm_hf.legend import add_legend
 from arm_hf.modeling.decision import Decision, QueryMaps, background_queries, decide
 from arm_hf.modeling.dense_clip import DenseCLIP
 from arm_hf.modeling.method import get_method, list_methods
 from arm_hf.modeling.prompts import Vocabulary
+from arm_hf.sheets import tile_sheet
 
 ARM_CHOICES = ("off", "on", "both")
 
@@ -154,32 +154,21 @@ def compare(
     return Comparison(tuple(results), left_out, trunk_seconds, vocabulary.id2label)
 
 
-def grid(image: Image.Image, comparison: Comparison, tile: int = 360) -> Image.Image:
+def grid(image: Image.Image, comparison: Comparison, tile: int = 360, colors: str = "vivid") -> Image.Image:
     """All results side by side under one legend, the photo first.
 
     Args:
         image: The photo.
         comparison: Results of `compare`.
         tile: Longer side of a tile in pixels.
+        colors: Palette, "vivid" or "colorblind".
     """
-    scale = tile / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     tiles = [("photo", image)]
     for result in comparison.results:
-        drawn = overlay(image, result.semantic_map, comparison.id2label, names=False, legend=False)
+        drawn = overlay(image, result.semantic_map, comparison.id2label, names=False, legend=False, colors=colors)
         tiles.append((f"{result.name}  {result.seconds * 1000:.0f} ms", drawn))
-    columns = min(len(tiles), max(1, round(math.sqrt(len(tiles) * size[1] / size[0] * 1.6))))
-    rows = math.ceil(len(tiles) / columns)
-    caption, gap = 26, 8
-    sheet = Image.new("RGB", (columns * (size[0] + gap) + gap, rows * (size[1] + caption + gap) + gap), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (title, picture) in enumerate(tiles):
-        left = gap + index % columns * (size[0] + gap)
-        top = gap + index // columns * (size[1] + caption + gap)
-        pen.text((left + 2, top + 3), title, fill="black", font=font_for(title, 16))
-        sheet.paste(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), (left, top + caption))
     everything = np.concatenate([result.semantic_map.ravel() for result in comparison.results])[None]
-    return add_legend(sheet, segments(everything, comparison.id2label), shares=False)
+    return add_legend(tile_sheet(tiles, tile), segments(everything, comparison.id2label, colors), shares=False)
 
 
 class _Clock:

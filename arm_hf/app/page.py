@@ -26,8 +26,7 @@ from arm_hf.app.examples import write_examples
 from arm_hf.app.guard import NeededRoutesOnly, OwnFolder, require_uploads
 from arm_hf.app.work import MODEL_DEFAULT, Asked, Found, Workshop, write_files
 from arm_hf.colors import palette
-from arm_hf.comparing import ARM_CHOICES
-from arm_hf.drawing import overlay
+from arm_hf.comparing import ARM_CHOICES, grid
 
 try:
     import gradio as gr
@@ -133,10 +132,8 @@ def build_page(workshop: Workshop, folder: Path) -> gr.Blocks:
                         save_labels = gr.DownloadButton("Label map (PNG)", interactive=False, elem_id="save-labels")
                         save_json = gr.DownloadButton("Legend (JSON)", interactive=False, elem_id="save-json")
                 with gr.Tab("Score maps"):
-                    gr.Markdown("How sure the model is of each label: dark violet is 0, yellow is 1.")
-                    score_maps = gr.Gallery(
-                        columns=3, object_fit="contain", height="auto", show_label=False, format="webp", buttons=[]
-                    )
+                    gr.Markdown("How sure the model is of each label, from dark violet (0) to yellow (1).")
+                    score_maps = _sheet("scores")
                 with gr.Tab("Compare methods"):
                     methods = gr.CheckboxGroup(
                         workshop.methods,
@@ -149,9 +146,7 @@ def build_page(workshop: Workshop, folder: Path) -> gr.Blocks:
                             list(ARM_CHOICES), value="off", label="ARM", visible=workshop.first_has_arm, elem_id="arms"
                         )
                         compare_button = gr.Button("Compare", variant="primary", elem_id="compare")
-                    compared = gr.Gallery(
-                        columns=3, object_fit="contain", height="auto", show_label=False, format="webp", buttons=[]
-                    )
+                    compared = _sheet("compared")
                     times = gr.Markdown(elem_id="times")
 
         shown.click(lambda index: examples[index], shown, [photo, labels], queue=False, api_name=False)
@@ -272,19 +267,13 @@ def _draw_again(folder: Path, found: Found | None, alpha: float, contours: bool,
     return gr.DownloadButton(value=picture), gr.DownloadButton(value=labels)
 
 
-def _compare(
-    workshop: Workshop, asked: Asked, methods: Sequence[str], arm: str, safe: bool
-) -> tuple[list[tuple[Image.Image, str]], str]:
+def _compare(workshop: Workshop, asked: Asked, methods: Sequence[str], arm: str, safe: bool) -> tuple[Image.Image, str]:
     photo, comparison = workshop.compare(asked, methods, arm)
-    pictures = [(photo, "photo")]
     lines = ["| method | ms after the shared pass |", "|:--|--:|"]
-    for result in comparison.results:
-        drawn = overlay(photo, result.semantic_map, comparison.id2label, OPACITY, legend=False, colors=_colors(safe))
-        pictures.append((drawn, f"{result.name}: {1000 * result.seconds:.0f} ms"))
-        lines.append(f"| {result.name} | {1000 * result.seconds:.0f} |")
+    lines += [f"| {result.name} | {1000 * result.seconds:.0f} |" for result in comparison.results]
     lines.append(f"\nShared pass: {1000 * comparison.trunk_seconds:.0f} ms.")
     lines += [f"\nLeft out {name}: {reason}" for name, reason in comparison.left_out.items()]
-    return pictures, "\n".join(lines)
+    return grid(photo, comparison, colors=_colors(safe)), "\n".join(lines)
 
 
 def _colors(safe: bool) -> str:
@@ -336,6 +325,12 @@ def _viewer() -> gr.HTML:
         js_on_load=text["js"],
         apply_default_css=False,
         elem_id="viewer",
+    )
+
+
+def _sheet(name: str) -> gr.Image:
+    return gr.Image(
+        type="pil", format="webp", show_label=False, interactive=False, buttons=["download", "fullscreen"], elem_id=name
     )
 
 

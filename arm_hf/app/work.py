@@ -21,11 +21,10 @@ from arm_hf.modeling.method import list_methods
 from arm_hf.modeling.prompts import Vocabulary
 from arm_hf.modeling.proxy_methods import PROXY_METHODS
 from arm_hf.segmenting import RunSettings, legend_record, load_pipeline, readable_json, run_record
-from arm_hf.sheets import heat_map, rank_classes
+from arm_hf.sheets import score_sheet
 
 MODEL_DEFAULT = "the model's own"
 MOST_SCORE_MAPS = 24
-SCORE_MAP_SIDE = 480
 COMPARED_SIDE = 640
 
 
@@ -66,7 +65,7 @@ class Found:
         segments: Classes that occur, the largest first.
         scores: Mean score of each of them inside its area.
         record: What the JSON says.
-        score_maps: Heat map and caption of each class, the one with the largest mean first; no more than
+        score_maps: Sheet of the scores of each class, the one with the largest mean first; no more than
             `MOST_SCORE_MAPS`.
         facts: Sentences for the page: how long it took and what else there is to know.
     """
@@ -78,7 +77,7 @@ class Found:
     segments: list[Segment]
     scores: list[float]
     record: dict[str, Any]
-    score_maps: list[tuple[Image.Image, str]]
+    score_maps: Image.Image
     facts: list[str]
 
 
@@ -164,7 +163,7 @@ class Workshop:
             segments=found,
             scores=scores,
             record={**legend, "seconds": {"words": words_seconds, "photo": photo_seconds}, **record},
-            score_maps=_score_maps(photo, result["class_scores"], id2label),
+            score_maps=score_sheet(photo, result["class_scores"], id2label, MOST_SCORE_MAPS),
             facts=facts,
         )
 
@@ -221,28 +220,13 @@ class Workshop:
 def write_files(found: Found, folder: Path, alpha: float, contours: bool, colors: str) -> tuple[str, str, str]:
     """Write picture, label map and legend into a folder and return their paths."""
     stem = Path(found.record["image"]).stem[:40] or "photo"
-    picture = redraw(found, alpha, contours, colors)
+    alpha = min(max(alpha, 0.0), 1.0)
+    picture = overlay(found.photo, found.semantic_map, found.id2label, alpha, colors=colors, contours=contours)
     paths = folder / f"{stem}_overlay.png", folder / f"{stem}_labels.png", folder / f"{stem}.json"
     picture.save(paths[0])
     indexed_png(found.semantic_map, found.id2label, colors).save(paths[1])
     paths[2].write_text(readable_json(found.record), encoding="utf-8")
     return str(paths[0]), str(paths[1]), str(paths[2])
-
-
-def redraw(found: Found, alpha: float, contours: bool, colors: str) -> Image.Image:
-    """Return the photo under its labels, with names and legend."""
-    return overlay(
-        found.photo, found.semantic_map, found.id2label, min(max(alpha, 0.0), 1.0), colors=colors, contours=contours
-    )
-
-
-def _score_maps(photo: Image.Image, scores: np.ndarray, id2label: dict[int, str]) -> list[tuple[Image.Image, str]]:
-    small = photo.copy()
-    small.thumbnail((SCORE_MAP_SIDE, SCORE_MAP_SIDE), Image.Resampling.LANCZOS)
-    return [
-        (heat_map(small, scores[index]), f"{id2label[index]}: up to {scores[index].max():.2f}")
-        for index in rank_classes(scores)[:MOST_SCORE_MAPS]
-    ]
 
 
 def _public_name(model: str) -> str:

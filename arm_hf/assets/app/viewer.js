@@ -134,7 +134,10 @@ element.addEventListener("pointermove", (event) => {
   tip.style.left = `${Math.max(0, Math.min(left, room))}px`;
   tip.style.top = `${Math.max(0, event.clientY - stage.top - 34)}px`;
 });
-element.addEventListener("pointerleave", () => { const tip = find(".tip"); if (tip) tip.hidden = true; }, true);
+element.addEventListener("pointerleave", () => {
+  find(".tip").hidden = true;
+  highlight(null);
+});
 element.addEventListener("pointerover", (event) => {
   const button = event.target.closest(".legend button");
   highlight(button ? Number(button.dataset.id) : null);
