@@ -97,8 +97,7 @@ def build(source: Path, folder: Path, repo_id: str, form: str | None = None, car
         folder: Where to write; must not exist.
         repo_id: Name in the Hub, for the card.
         form: "lean" (ARM alone, the CLIP is loaded from the Hub), "full" (towers included) or "int8" (towers included,
-            a quarter of the size, lossy). By default that of the source; "full" where a lean one could not be loaded
-            elsewhere, or CLIP was tuned with LoRA.
+            a quarter of the size, lossy). By default that of the source, or "full" where its CLIP is not on the Hub.
         card: What a person adds to the card.
 
     Raises:
@@ -110,36 +109,38 @@ def build(source: Path, folder: Path, repo_id: str, form: str | None = None, car
 
     if form not in (None, *FORMS):
         raise ValueError(f"the form of the weights is one of {', '.join(FORMS)}, got {form!r}")
-    card = card or CardRequest()
+    card, notes = card or CardRequest(), []
+    record = read_json(source / "config.json", "ARMModel.save_pretrained")
     model = ARMModel.from_pretrained(source).eval()
-    config, notes = model.config, []
+    config = model.config
     stored = "int8" if config.weight_packing else "full" if config.checkpoint_contents == "full" else "lean"
-    adapter = source / ADAPTER if (source / ADAPTER / "adapter_config.json").is_file() else None
-    base_model = config.clip_name_or_path if _on_the_hub(config.clip_name_or_path) else None
-    tokenizer, processor = (_part(kind, source, config) for kind in ("AutoTokenizer", "AutoImageProcessor"))
+    adapter = record.get("adapter")  # loading has merged it into the towers
+    clip_name, revision = record.get("clip_name_or_path"), record.get("clip_revision")
+    base_model = clip_name if _on_the_hub(clip_name) else None
+    tokenizer, processor = (
+        _part(kind, source, clip_name, revision) for kind in ("AutoTokenizer", "AutoImageProcessor")
+    )
 
     chosen = form or stored
-    if adapter is not None:
+    if chosen == "lean" and base_model is None:
         if form == "lean":
             raise ValueError(
-                "CLIP was tuned with LoRA, so its towers differ from the Hub's; choose the form full or int8"
-            )
-        model, chosen = _merge(model, adapter), form or "full"
-        config = model.config
-        notes.append("LoRA: merged into the towers, and kept apart in adapter/")
-    elif chosen == "lean" and base_model is None:
-        if form == "lean":
-            raise ValueError(
-                f"a lean checkpoint needs a CLIP of the Hub, but this one names {config.clip_name_or_path!r}; choose "
-                "the form full or int8"
+                f"a lean checkpoint needs a CLIP of the Hub, but this one names {clip_name!r}; choose the form full or "
+                "int8"
             )
         chosen = "full"
         notes.append("towers included: the CLIP it was trained on is a folder of this machine")
-    if base_model is None or adapter is not None:
-        config.clip_name_or_path = config.clip_revision = None
-    elif chosen == "lean":
-        config.clip_revision = _pinned(base_model, config.clip_revision)
+    config.clip_name_or_path = config.clip_revision = None
+    if chosen == "lean":
+        config.clip_name_or_path, config.clip_revision = base_model, _pinned(base_model, revision)
         notes.append(f"lean: loads CLIP from {base_model} at revision {config.clip_revision}")
+        if adapter:
+            config.adapter = ADAPTER
+            notes.append("LoRA: in adapter/, merged into the towers on loading (which needs peft)")
+    elif adapter:
+        notes.append("LoRA: merged into the towers")
+    elif base_model:
+        config.clip_name_or_path, config.clip_revision = base_model, revision
 
     pipe = OpenVocabSegmentationPipeline(model=model, tokenizer=tokenizer, image_processor=processor)
     packing = "int8" if chosen == "int8" else None
@@ -147,10 +148,10 @@ def build(source: Path, folder: Path, repo_id: str, form: str | None = None, car
     pipe.save_pretrained(folder, self_contained=chosen != "lean", weight_packing=packing)
     if chosen == stored == "int8":  # packing what was packed would round once more
         shutil.copyfile(source / PACKED_WEIGHTS_NAME, folder / PACKED_WEIGHTS_NAME)
-    if adapter is not None:
-        _copy_adapter(adapter, folder / ADAPTER, base_model)
+    if adapter and chosen == "lean":
+        _copy_adapter(source / adapter, folder / ADAPTER, base_model)
     pictures = _copy_pictures(source, folder, card.pictures)
-    text, kept = _card(source, folder, repo_id, card, pictures, base_model, adapter is not None)
+    text, kept = _card(source, folder, repo_id, card, pictures, base_model)
     if kept:
         notes.append(f"card: {CARD_NAME} of the source, which somebody wrote")
     wrong = problems(text, folder, () if kept else SECTIONS)
@@ -207,8 +208,7 @@ def write_card(source: Path, repo_id: str | None, card: CardRequest, overwrite: 
         raise ValueError(f"{str(path)!r} is a card that somebody wrote; pass --overwrite to replace it")
     base = read_json(source / "config.json", "").get("clip_name_or_path")
     pictures = [Picture(f"{PICTURES}/{found.name}", _words(found)) for found in _pictures_of(source)]
-    adapter = (source / ADAPTER / "adapter_config.json").is_file()
-    write(path, _new_card(source, source, repo_id, card, pictures, base if _on_the_hub(base) else None, adapter))
+    write(path, _new_card(source, source, repo_id, card, pictures, base if _on_the_hub(base) else None))
     return path
 
 
@@ -219,7 +219,6 @@ def _card(
     card: CardRequest,
     pictures: Sequence[Picture],
     base_model: str | None,
-    adapter: bool,
 ) -> tuple[str, bool]:
     """The card's text, and whether it is the source's own, which somebody wrote by hand."""
     own = source / CARD_NAME
@@ -227,7 +226,7 @@ def _card(
         text = own.read_text(encoding="utf-8")
         if MARKER not in text:
             return text, True
-    return _new_card(source, folder, repo_id, card, pictures, base_model, adapter), False
+    return _new_card(source, folder, repo_id, card, pictures, base_model), False
 
 
 def _new_card(
@@ -237,7 +236,6 @@ def _new_card(
     card: CardRequest,
     pictures: Sequence[Picture],
     base_model: str | None,
-    adapter: bool,
 ) -> str:
     mini = _is_mini(source)
     results = [read_json(Path(path), "arm-hf evaluate") for path in card.results] or _results_of(source)
@@ -245,7 +243,8 @@ def _new_card(
     name = repo_id.rpartition("/")[2] if repo_id else DEFAULT_MODEL if mini else _name_of(source)
     template = f"{DEFAULT_MODEL}.md.j2" if mini else "trained.md.j2"
     training = {} if mini else _training_of(source)
-    return model_card(folder, name, template, facts, results, pictures, repo_id, training, adapter)
+    tuned = bool(read_json(source / "config.json", "").get("adapter"))
+    return model_card(folder, name, template, facts, results, pictures, repo_id, training, tuned)
 
 
 def _is_mini(source: Path) -> bool:
@@ -289,7 +288,7 @@ def _public_name(text: str) -> str:
     return text if _on_the_hub(text) else Path(text).name
 
 
-def _part(kind: str, source: Path, config: Any) -> Any:
+def _part(kind: str, source: Path, clip_name: str | None, revision: str | None) -> Any:
     """Tokenizer or image processor of the source, else of the CLIP it names."""
     import transformers
 
@@ -297,23 +296,15 @@ def _part(kind: str, source: Path, config: Any) -> Any:
     try:
         return auto.from_pretrained(source)
     except (OSError, ValueError) as error:
-        if not config.clip_name_or_path:
+        if not clip_name:
             what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
             raise OSError(f"{str(source)!r} holds no {what}, and its config names no CLIP to take it from") from error
-    return auto.from_pretrained(config.clip_name_or_path, revision=config.clip_revision or "main")
-
-
-def _merge(model: Any, adapter: Path) -> Any:
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise ValueError(f"{str(adapter)!r} has no adapter_model.safetensors; other formats are not read")
-    from peft import PeftModel
-
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    merged.clip.requires_grad_(False)
-    return merged.eval()
+    return auto.from_pretrained(clip_name, revision=revision or "main")
 
 
 def _copy_adapter(source: Path, target: Path, base_model: str | None) -> None:
+    if not (source / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{str(source)!r} has no adapter_model.safetensors; other formats are not published")
     target.mkdir()
     record = read_json(source / "adapter_config.json", "peft")
     record["base_model_name_or_path"] = base_model
@@ -360,7 +351,7 @@ def _on_the_hub(name: str | None) -> bool:
     )
 
 
-def _pinned(clip: str, revision: str | None) -> str | None:
+def _pinned(clip: str | None, revision: str | None) -> str | None:
     """The commit of the CLIP that is in the cache, so that a later change of its repository changes nothing here."""
     from transformers.utils import cached_file
 

@@ -65,7 +65,7 @@ def model_card(
     pictures: Sequence[Picture] = (),
     repo_id: str | None = None,
     training: Mapping[str, Any] | None = None,
-    adapter: bool = False,
+    tuned: bool = False,
 ) -> str:
     """The card of a model folder.
 
@@ -78,7 +78,7 @@ def model_card(
         pictures: Sample pictures that lie in the repository.
         repo_id: Where it is published; None for a folder that is not.
         training: Options of its training, for the table.
-        adapter: Whether a LoRA adapter lies beside the weights.
+        tuned: Whether CLIP was tuned with LoRA beside ARM.
 
     Raises:
         FileNotFoundError: The folder holds no model.
@@ -106,7 +106,8 @@ def model_card(
         size_mb=size / 1e6,
         pictures=pictures,
         training=training,
-        adapter=adapter,
+        tuned=tuned,
+        lean=record.get("checkpoint_contents") == "head" and record.get("weight_packing") is None,
     )
 
 

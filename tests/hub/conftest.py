@@ -95,6 +95,12 @@ class FakeHub:
         part.write_bytes(content)
         part.replace(self.blob(oid))
 
+    def keep(self, content: bytes) -> Stored:
+        """Store a small file under git's hash of it."""
+        oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        self.put_blob(content, oid)
+        return Stored(oid, len(content), lfs=False)
+
     def content(self, repo_id: str, name: str, revision: str = "main") -> bytes:
         repository = self.repositories[repo_id]
         return self.blob(repository.commits[repository.branches[revision]][name].oid).read_bytes()
@@ -246,14 +252,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         repository = Repository(wanted.get("visibility") == "private")
         attributes = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
-        repository.commit("main", {".gitattributes": self.keep(attributes)}, "initial commit")
+        repository.commit("main", {".gitattributes": self.server_hub.keep(attributes)}, "initial commit")
         self.server_hub.repositories[repo_id] = repository
         self.send(200, url)
-
-    def keep(self, content: bytes) -> Stored:
-        oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        self.server_hub.put_blob(content, oid)
-        return Stored(oid, len(content), lfs=False)
 
     def validate(self, card: str) -> None:
         errors = [] if card.startswith("---\n") else [{"message": "the card has no metadata"}]
@@ -329,7 +330,7 @@ class Handler(BaseHTTPRequestHandler):
             value = line["value"]
             match line["key"]:
                 case "file":
-                    files[value["path"]] = self.keep(base64.b64decode(value["content"]))
+                    files[value["path"]] = self.server_hub.keep(base64.b64decode(value["content"]))
                 case "lfsFile":
                     there = self.server_hub.blob(value["oid"]).exists() or self.server_hub.xet_hash(value["oid"])
                     if not there:
