@@ -14,6 +14,7 @@ import typer
 
 from arm_hf import __version__
 from arm_hf.commands.app import app as app_command
+from arm_hf.commands.benchmark import benchmark
 from arm_hf.commands.card import card
 from arm_hf.commands.coherence import coherence
 from arm_hf.commands.common import ExitCode, fail
@@ -25,7 +26,21 @@ from arm_hf.commands.listings import labels, methods
 from arm_hf.commands.publish import publish
 from arm_hf.commands.segment import segment
 
-COMMANDS = (segment, compare, app_command, evaluate, protocols, data, coherence, export, methods, labels, publish, card)
+COMMANDS = (
+    segment,
+    compare,
+    app_command,
+    evaluate,
+    protocols,
+    data,
+    coherence,
+    export,
+    benchmark,
+    methods,
+    labels,
+    publish,
+    card,
+)
 
 app = typer.Typer(
     name="arm-hf",

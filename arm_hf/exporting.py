@@ -284,14 +284,17 @@ def export_torch(out: Path, graph: ImageGraph, clip: Any) -> list[Exported]:
 def quantise(out: Path) -> list[Exported]:
     """Write `image.int8.onnx` and `text.int8.onnx`: weights of 8 bits, activations scaled as they come."""
     require_onnx()
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     written = []
     for name in (onnx_runner.IMAGE_GRAPH, onnx_runner.TEXT_GRAPH):
         path = out / name.replace(".onnx", ".int8.onnx")
+        model = onnx.load(out / name)
+        del model.graph.value_info[:]  # shapes from before the exporter's own folding, which onnx finds contradictory
         _quietly(
             quantize_dynamic,
-            out / name,
+            model,
             path,
             op_types_to_quantize=["MatMul", "Gemm"],  # convolutions lose more than they gain
             per_channel=True,
