@@ -5,11 +5,10 @@ What is counted is pixels, so the sum over processes and runs is exactly that of
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,115 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from arm_hf.comparing import ARM_CHOICES
-from arm_hf.modeling.prompts import Label
+from arm_hf.data import SegmentationData
+from arm_hf.evaluation_plan import EvaluationOptions, Plan
 from arm_hf.partial_results import PartialResults, Tally
-from arm_hf.protocols import (
-    PLAIN,
-    InputRule,
-    LabelTable,
-    Protocol,
-    align_labels,
-    backbone_of,
-    load_protocol,
-    plain_protocol,
-)
-from arm_hf.resizing import INTERPOLATIONS
-from arm_hf.shared_pass import Row, SharedPass
+from arm_hf.shared_pass import SharedPass
 
 SAVE_SECONDS = 30.0  # at the latest after so long what was counted is saved
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What may be chosen beside data, model and methods.
-
-    Attributes:
-        protocol: Name of a protocol, or "plain".
-        arm: "off", "on" or "both".
-        common_input: Show all methods the same image (see `Protocol.setup`).
-        size: Shorter side in place of the protocol's.
-        window: Side of the window in its place; 0 sees the whole image.
-        stride: Step of the window in its place.
-        interpolation: One of `resizing.INTERPOLATIONS` in its place.
-        threshold: Background threshold in its place, with and without ARM; 0 leaves it out.
-        pamr: Run PAMR for methods whose authors' numbers contain it.
-        labels: Words of the classes, for "plain".
-        trust_order: See `align_labels`.
-        limit: Take only the first so many images.
-        boundary_radius: Share of the image's diagonal that belongs to a boundary; 0 leaves the boundary IoU out.
-        save_every: Images after which each process saves what it has counted.
-        window_batch_size: Windows per pass.
-
-    Raises:
-        ValueError: A value is impossible.
-    """
-
-    protocol: str = PLAIN
-    arm: str = "off"
-    common_input: bool = False
-    size: int | None = None
-    window: int | None = None
-    stride: int | None = None
-    interpolation: str | None = None
-    threshold: float | None = None
-    pamr: bool = False
-    labels: tuple[Label, ...] | None = None
-    trust_order: bool = False
-    limit: int | None = None
-    boundary_radius: float = 0.02
-    save_every: int = 20
-    window_batch_size: int = 16
-
-    def __post_init__(self):
-        if self.arm not in ARM_CHOICES:
-            raise ValueError(f"arm must be one of {', '.join(ARM_CHOICES)}, got {self.arm!r}")
-        if self.interpolation is not None and self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"resize must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
-        for name in ("size", "stride", "limit", "save_every", "window_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.window is not None and self.window < 0:
-            raise ValueError(f"window must be positive, or 0 for the whole image; got {self.window}")
-        if self.stride is not None and not self.window:
-            raise ValueError("stride has no meaning without window; give both or neither")
-        if self.threshold is not None and not 0 <= self.threshold < 1:
-            raise ValueError(f"threshold must be above 0 and below 1, or 0 for none; got {self.threshold}")
-        if not 0 <= self.boundary_radius < 1:
-            raise ValueError(f"boundary must be a share of the diagonal, or 0 for none; got {self.boundary_radius}")
-        if self.labels is not None and self.protocol != PLAIN:
-            raise ValueError(f"protocol {self.protocol} has its own words; other words go with protocol {PLAIN}")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be computed.
-
-    Attributes:
-        protocol: The protocol.
-        backbone: Whose of its values are taken.
-        rows: The rows of the result table.
-        table: How the data set's labels are read.
-        left_out: Methods that cannot run here, with the reason.
-    """
-
-    protocol: Protocol
-    backbone: str
-    rows: tuple[Row, ...]
-    table: LabelTable
-    left_out: Mapping[str, str]
-
-    def describe(self, pipe: Any) -> list[str]:
-        """What is computed, for the terminal: the protocol, the label rule, and who shares which pass."""
-        protocol, shared_pass = self.protocol, SharedPass(pipe, self.rows)
-        lines = [f"protocol {protocol.name}: {protocol.title}; {self.table.rule}"]
-        if self.table.misnamed:
-            lines.append(f"named differently (data / protocol): {'; '.join(self.table.misnamed)}")
-        lines += [f"pass {number}: {line}" for number, line in enumerate(shared_pass.describe(), start=1)]
-        for setup in {row.setup.method: row.setup for row in self.rows}.values():
-            lines.append(f"{setup.method}: {setup.describe()}")
-        return lines + [f"left out {method}: {reason}" for method, reason in self.left_out.items()]
 
 
 @dataclass(frozen=True)
@@ -209,63 +105,6 @@ class Processes:
             PartialState().destroy_process_group()
 
 
-def make_plan(
-    pipe: Any, data: Any, methods: Sequence[str], options: EvaluationOptions, skip_unable: bool = False
-) -> Plan:
-    """Decide what is computed, and find out what cannot be before any image is read.
-
-    Args:
-        pipe: An `open-vocab-segmentation` pipeline.
-        data: A `SegmentationData`.
-        methods: Registered names.
-        options: The choices.
-        skip_unable: Leave methods out that cannot run here (another model's features are missing), instead of an error.
-
-    Raises:
-        ValueError: Data and protocol do not fit, the model has no ARM, or a method cannot run.
-    """
-    if options.protocol == PLAIN:
-        templates = getattr(pipe.model.config, "templates", None) or "imagenet80"
-        protocol = plain_protocol(data.name, data.classes, data.background_index, options.labels, templates)
-    else:
-        protocol = load_protocol(options.protocol)
-    table = align_labels(protocol, data, options.trust_order)
-    clip = pipe.model.clip if hasattr(pipe.model, "arm") else pipe.model
-    backbone = backbone_of(clip.config.vision_config)
-    rows = []
-    for method in methods:
-        setup = protocol.setup(method, backbone, options.common_input)
-        changes: dict[str, Any] = {"input": _override(setup.input, options)}
-        if options.threshold is not None:
-            changes["threshold"] = changes["arm_threshold"] = options.threshold or None
-        setup = dataclasses.replace(setup, **changes)
-        if options.arm != "on":
-            rows.append(Row(setup, False, setup.pamr if options.pamr else None))
-        if options.arm != "off":
-            rows.append(Row(setup, True))
-    failed = SharedPass(pipe, rows, options.window_batch_size).check()
-    if failed and (not skip_unable or len(failed) == len(methods)):
-        name, reason = next(iter(failed.items()))
-        raise ValueError(f"cannot evaluate {name}: {reason}")
-    return Plan(protocol, backbone, tuple(row for row in rows if row.setup.method not in failed), table, failed)
-
-
-def _override(rule: InputRule, options: EvaluationOptions) -> InputRule:
-    changes: dict[str, Any] = {}
-    if options.interpolation is not None:
-        changes["interpolation"] = options.interpolation
-    if options.size is not None:
-        changes["short_side"] = options.size
-        changes["long_side"] = None if rule.long_side is None else max(rule.long_side, options.size)
-    if options.window is not None:
-        changes["window"] = options.window or None
-        changes["stride"] = (options.stride or max(1, options.window // 2)) if options.window else None
-    rule = dataclasses.replace(rule, **changes)
-    if rule.short_side is None and rule.interpolation != "processor":
-        raise ValueError(f"resize {rule.interpolation} needs --size: protocol {PLAIN} leaves the size to the model")
-    return rule
-
-
 def describe_model(pipe: Any, name: str) -> dict[str, Any]:
     """What identifies the model: its name, its CLIP, the shape of ARM, and a fingerprint of the weights."""
     model = pipe.model
@@ -304,7 +143,7 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 def evaluate_data(
     pipe: Any,
-    data: Any,
+    data: SegmentationData,
     plan: Plan,
     options: EvaluationOptions,
     out: str | Path,
@@ -318,7 +157,7 @@ def evaluate_data(
 
     Args:
         pipe: The pipeline.
-        data: A `SegmentationData`.
+        data: The data set.
         plan: From `make_plan`.
         options: The same as there.
         out: Folder of the results; an unfinished evaluation of the same things in it is gone on with.
@@ -373,7 +212,7 @@ def evaluate_data(
     return Evaluation(plan, base, identity, processes.count)
 
 
-def describe_data(data: Any, limit: int | None) -> dict[str, Any]:
+def describe_data(data: SegmentationData, limit: int | None) -> dict[str, Any]:
     """What identifies the images that are evaluated."""
     record: dict[str, Any] = {"name": data.name, "split": data.split, "classes": len(data.classes), "limit": limit}
     try:
@@ -385,7 +224,7 @@ def describe_data(data: Any, limit: int | None) -> dict[str, Any]:
 
 
 def rows_of(
-    data: Any, limit: int | None, done: Iterable[int], rank: int = 0, count: int = 1
+    data: SegmentationData, limit: int | None, done: Iterable[int], rank: int = 0, count: int = 1
 ) -> tuple[Iterator[tuple[int, Any]], int | None]:
     """Index and row of the images that one of `count` processes still has to do, and their number if it is known."""
     done = set(done)
@@ -405,7 +244,7 @@ def rows_of(
     return zip(mine, data.select(mine).dataset, strict=True), len(mine)
 
 
-def _decoded(data: Any, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, str, Any, np.ndarray]]:
+def _decoded(data: SegmentationData, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, str, Any, np.ndarray]]:
     """Index, name, image and labels; the next image is read while the caller works on this one."""
 
     def read() -> tuple[int, str, Any, np.ndarray] | None:

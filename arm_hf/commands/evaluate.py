@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Annotated
 
 import typer
@@ -45,7 +46,12 @@ def evaluate(
     label_column: Annotated[str | None, typer.Option(help="Column of the labels in a hub data set.")] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Do not download a hub data set first.")] = False,
     labels_from: Annotated[
-        str | None, typer.Option(metavar="SET|FILE", help="Words of the classes, in their order, for protocol plain.")
+        str | None,
+        typer.Option(
+            metavar="SET|FILE",
+            help="The classes in the order of their labels: their words for protocol plain; for a hub data set, which "
+            "they are.",
+        ),
     ] = None,
     trust_order: Annotated[
         bool, typer.Option("--trust-order", help="The classes are in the protocol's order, whatever their names.")
@@ -59,6 +65,10 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="Step of that window.  [default: half of it]")] = None,
     resize: Annotated[
         str | None, typer.Option(metavar="pil-bicubic|opencv-bilinear|processor", help="In place of the protocol's.")
+    ] = None,
+    method_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD.KEY=VALUE", help="A setting in place of the protocol's. May be repeated."),
     ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Background threshold in place of the protocol's; 0: none.")
@@ -98,10 +108,13 @@ def evaluate(
             model, arm = arm, "both"
         names, model = parse_methods(methods), model or DEFAULT_MODEL
 
-        from arm_hf.evaluating import EvaluationOptions, Processes, evaluate_data, make_plan
+        from arm_hf.evaluating import Processes, evaluate_data
+        from arm_hf.evaluation_plan import EvaluationOptions, make_plan, open_evaluation_data, parse_method_options
         from arm_hf.label_sets import labels_from as read_labels
+        from arm_hf.protocols import PLAIN
         from arm_hf.segmenting import load_pipeline
 
+        labels = None if labels_from is None else read_labels(labels_from)
         options = EvaluationOptions(
             protocol=protocol,
             arm=arm or "both",
@@ -110,9 +123,10 @@ def evaluate(
             window=window,
             stride=stride,
             interpolation=resize,
+            method_options=parse_method_options(method_option or []),
             threshold=threshold,
             pamr=pamr,
-            labels=None if labels_from is None else read_labels(labels_from),
+            labels=labels if protocol == PLAIN else None,
             trust_order=trust_order,
             limit=limit,
             boundary_radius=boundary,
@@ -127,10 +141,15 @@ def evaluate(
         from arm_hf.result_tables import build_results, clear_results, summary, write_results
 
         processes.from_main(lambda: clear_results(out, overwrite))
-        from arm_hf.data import open_data
-
-        source = open_data(
-            data, split, layout=layout, streaming=streaming, image_column=image_column, label_column=label_column
+        source = open_evaluation_data(
+            data,
+            split,
+            protocol,
+            layout=layout,
+            image_column=image_column,
+            label_column=label_column,
+            streaming=streaming,
+            label_names=None if labels is None or os.path.exists(data) else [label.name for label in labels],
         )
         pipe = load_pipeline(model, revision, processes.device, dtype, trust_remote_code)
         if arm is None and not hasattr(pipe.model, "arm"):

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from arm_hf import ARMModel, OpenVocabSegmentationPipeline
 from arm_hf.cli import app
 from arm_hf.data import open_data
-from arm_hf.evaluating import EvaluationOptions, evaluate_data, make_plan
+from arm_hf.evaluating import evaluate_data
 from arm_hf.evaluation_pictures import choose
+from arm_hf.evaluation_plan import EvaluationOptions, make_plan
 from arm_hf.label_sets import load_label_set
 from arm_hf.modeling.dense_clip import DenseCLIP
 from arm_hf.partial_results import PartialResults, Tally
@@ -238,6 +239,33 @@ def test_a_protocol_reads_the_labels_and_stands_beside_the_papers_numbers(tmp_pa
     assert wrong.exit_code == 2 and "150 classes" in wrong.output
 
 
+def test_a_standard_tree_is_read_in_the_protocols_layout(tmp_path, model_folder):
+    plain = write_data(tmp_path / "plain", 2, [str(number) for number in range(21)])
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    for part, source in (("JPEGImages", "images"), ("SegmentationClass", "labels")):
+        (root / part).mkdir(parents=True)
+        for path in (plain / source).iterdir():
+            with Image.open(path) as image:
+                image.save(root / part / path.with_suffix(".jpg" if source == "images" else ".png").name)
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (root / "ImageSets" / "Segmentation" / "val.txt").write_text("000\n001\n")
+    for protocol in ("voc20", "voc21"):
+        out = tmp_path / protocol
+        words = ["--data", root.parent, "--protocol", protocol, "--methods", "clearclip", "--arm", "off", "--window", 0]
+        run = invoke(*words, "--size", 64, "--model", model_folder, "--pictures", 0, "--out", out)
+        assert run.exit_code == 0, run.output
+        assert len(json.loads((out / "results.json").read_text())["results"][0]["per_class"]) == int(protocol[3:])
+
+
+def test_settings_can_be_changed_and_say_so(tmp_path, model_folder):
+    data = write_data(tmp_path / "data", 1)
+    words = ["--data", data, "--methods", "naclip,clip", "--arm", "off", "--model", model_folder, "--pictures", 0]
+    run = invoke(*words, "--method-option", "naclip.gaussian_std=2.5", "--out", tmp_path / "out")
+    assert run.exit_code == 0, run.output
+    setup = json.loads((tmp_path / "out" / "results.json").read_text())["protocol"]["methods"]["naclip"]
+    assert setup["options"]["gaussian_std"] == 2.5 and "gaussian_std" in setup["notes"][-1]
+
+
 def test_wrong_requests_are_one_clear_line(tmp_path, tiny_clip_folder, model_folder):
     data = write_data(tmp_path / "data", 2)
     base = ["--data", data, "--out", tmp_path / "out", "--model", tiny_clip_folder]
@@ -253,7 +281,10 @@ def test_wrong_requests_are_one_clear_line(tmp_path, tiny_clip_folder, model_fol
         (["--resize", "pil-bicubic"], "--size"),
         (["--threshold", 1.5], "threshold"),
         (["--metric", "hub"], "--metric ours"),
-        (["--protocol", "voc21", "--labels-from", "voc21"], "plain"),
+        (["--labels-from", "voc21"], "21 labels"),
+        (["--method-option", "naclip.gaussian_std=3"], "naclip"),
+        (["--method-option", "clearclip.width=3"], "width"),
+        (["--method-option", "width=3"], "method.key=value"),
         (["--arm", model_folder], "two models"),
     ):
         run = invoke(*base, *words)
