@@ -18,7 +18,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import numpy as np
+from gradio.exceptions import ComponentProcessingError, InvalidPathError
 from PIL import Image
 
 from arm_hf import DEFAULT_MODEL
@@ -27,12 +29,6 @@ from arm_hf.app.guard import NeededRoutesOnly, OwnFolder, require_uploads
 from arm_hf.app.work import MODEL_DEFAULT, Asked, Found, Workshop, write_files
 from arm_hf.colors import palette
 from arm_hf.comparing import ARM_CHOICES, grid
-
-try:
-    import gradio as gr
-    from gradio.exceptions import ComponentProcessingError, InvalidPathError
-except ImportError as error:
-    raise ImportError("the page needs gradio; install it with: pip install 'arm_hf[app]'") from error
 
 TITLE = "Segment photos with words"
 INTRO = """
@@ -100,7 +96,7 @@ def build_page(workshop: Workshop, folder: Path) -> gr.Blocks:
                         max_length=limits.words * (limits.letters + 2),
                     )
                     model = gr.Dropdown(
-                        list(workshop.models), label="Model", visible=len(workshop.models) > 1, elem_id="model"
+                        workshop.models, label="Model", visible=len(workshop.models) > 1, elem_id="model"
                     )
                     method = gr.Dropdown([MODEL_DEFAULT, *workshop.methods], label="Method", elem_id="method")
                     use_arm = gr.Checkbox(True, label="Refine with ARM, if the model has it", elem_id="arm")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 
 from arm_hf import DEFAULT_MODEL, __version__
+from arm_hf.app import require_gradio
 from arm_hf.folders import atomic_path
 
 _HEADER = """---
@@ -29,7 +31,9 @@ While arm_hf is not in the package index, put its wheel (`make wheel`) beside th
 """
 
 
-def write_space(folder: str | Path, models: Sequence[str] = (DEFAULT_MODEL,), compensation: str | None = None):
+def write_space(
+    folder: str | Path, models: Sequence[str] = (DEFAULT_MODEL,), compensation: str | None = None
+) -> list[str]:
     """Write `app.py`, `requirements.txt` and `README.md`; return their paths.
 
     Args:
@@ -45,11 +49,7 @@ def write_space(folder: str | Path, models: Sequence[str] = (DEFAULT_MODEL,), co
     for name in (*models, *([compensation] if compensation else [])):
         if Path(name).expanduser().exists():
             raise ValueError(f"{name!r} is a folder of this machine, which a Space does not have; name a hub id")
-    try:
-        import gradio
-    except ImportError as error:
-        raise ImportError("a Space's header names gradio's version; pip install 'arm_hf[app]'") from error
-
+    require_gradio()
     ids = [name for name in models if name != DEFAULT_MODEL]
     chosen = ",".join(models)
     page = resources.files("arm_hf").joinpath("app", "page.py").read_text(encoding="utf-8")
@@ -58,7 +58,7 @@ def write_space(folder: str | Path, models: Sequence[str] = (DEFAULT_MODEL,), co
         "app.py": _with_defaults(page, settings),
         "requirements.txt": f"arm_hf[app]=={__version__}\n",
         "README.md": _HEADER.format(
-            gradio=gradio.__version__,
+            gradio=version("gradio"),
             models=f"models: {json.dumps(ids)}\n" if ids else "",
             chosen=f", here `{chosen}`" if ids else "",
             wheel=f"arm_hf-{__version__}-py3-none-any.whl",

@@ -36,7 +36,7 @@ class Asked:
         photo: Path of the uploaded file, or None.
         labels: Text of the labels field.
         background: Text of the background field; empty takes the model's policy.
-        model: One of the models the page was started with.
+        model: One of `Workshop.models`.
         method: Name of a method, or `MODEL_DEFAULT`.
         use_arm: Refine with ARM where the model has it.
         compensation: Sharpen with the Stable Diffusion the page was started with.
@@ -85,7 +85,7 @@ class Workshop:
     """The models of a page, loaded when first asked for, and the work done with them, one request at a time.
 
     Args:
-        models: Names, folders or hub ids; the first is loaded now.
+        models: Names, folders or hub ids; the first is loaded now. Visitors see a folder's own name only.
         compensation: Hub id or folder of a Stable Diffusion checkpoint, or None.
         limits: Bounds of a request.
         device: As for `load_pipeline`.
@@ -105,11 +105,22 @@ class Workshop:
     ):
         if not models:
             raise ValueError("a page needs at least one model")
-        self.models, self.compensation, self.limits = tuple(dict.fromkeys(models)), compensation, limits or Limits()
+        self.compensation, self.limits = compensation, limits or Limits()
+        self._sources: dict[str, str] = {}
+        for source in dict.fromkeys(models):
+            name, number = _public_name(source), 2
+            while name in self._sources:  # two folders of one name
+                name, number = f"{_public_name(source)} ({number})", number + 1
+            self._sources[name] = source
         self._device, self._dtype = device, dtype
         self._pipes: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._pipe(self.models[0])
+
+    @property
+    def models(self) -> list[str]:
+        """What visitors call the models."""
+        return list(self._sources)
 
     @property
     def methods(self) -> list[str]:
@@ -141,13 +152,13 @@ class Workshop:
         found = segments(result["semantic_map"], id2label)
         score_of = {segment["label"]: round(float(segment["score"]), 4) for segment in result["segments"]}
         scores = [score_of[segment.label] for segment in found]
-        record = run_record(pipe, settings, _public_name(asked.model))
+        record = run_record(pipe, settings, asked.model)
         if settings.compensation is not None:
             record["settings"]["compensation"] = _public_name(settings.compensation)
         used = record["settings"]
         refined = " with ARM" if used["use_arm"] else " without ARM"
         facts = [
-            f"{_public_name(asked.model)}, {used['method']}{refined}: words {words_seconds:.2f} s, "
+            f"{asked.model}, {used['method']}{refined}: words {words_seconds:.2f} s, "
             f"photo {photo_seconds:.2f} s ({photo.width} × {photo.height} pixels)."
         ]
         if note:
@@ -179,7 +190,7 @@ class Workshop:
         known = self.methods
         names = parse_methods([name for name in known if name in methods])
         if arm != "off" and not hasattr(pipe.model, "arm"):
-            raise ValueError(f"{_public_name(asked.model)} has no ARM; compare the methods alone")
+            raise ValueError(f"{asked.model} has no ARM; compare the methods alone")
         photo, _ = read_photo(asked.photo, self.limits)
         photo.thumbnail((COMPARED_SIDE, COMPARED_SIDE), Image.Resampling.LANCZOS)
         with self._lock:
@@ -196,13 +207,14 @@ class Workshop:
         if asked.compensation and self.compensation is None:
             raise ValueError("this page was started without a Stable Diffusion checkpoint")
         labels = read_labels(asked.labels, self.limits)
+        background = read_background(asked.background, labels, self.limits)
         size = int(asked.size or 0)
         if size and not 32 <= size <= self.limits.network_side:
             raise ValueError(f"the network's side must lie between 32 and {self.limits.network_side}, got {size}")
         has_arm = hasattr(self._pipe(asked.model).model, "arm")
         return RunSettings(
             labels=labels,
-            background=read_background(asked.background, labels, self.limits),
+            background=background and (asked.background or "").strip(),  # as typed: that is what the record shows
             method=None if asked.method == MODEL_DEFAULT else asked.method,
             use_arm=asked.use_arm if has_arm else None,
             compensation=self.compensation if asked.compensation else None,
@@ -213,7 +225,7 @@ class Workshop:
         if model not in self._pipes:
             with self._lock:
                 if model not in self._pipes:
-                    self._pipes[model] = load_pipeline(model, device=self._device, dtype=self._dtype)
+                    self._pipes[model] = load_pipeline(self._sources[model], device=self._device, dtype=self._dtype)
         return self._pipes[model]
 
 

@@ -55,8 +55,10 @@ def app(
             for path in write_space(space, model or [DEFAULT_MODEL], compensation):
                 typer.echo(path)
             return
+        from arm_hf.app import require_gradio
         from arm_hf.app.limits import Limits
 
+        require_gradio()
         limits = Limits(longest_side=longest_side, labels=most_labels, queue=queue)
         quiet_libraries()
         from arm_hf.app.page import serve
