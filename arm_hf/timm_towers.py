@@ -185,11 +185,11 @@ def vision_from_timm(tower: nn.Module) -> CLIPVisionModelWithProjection:
         raise ValueError(f"expected a CLIP image tower of timm (pre-norm, class token, head), got {_name(tower)}")
     if state.get("head.bias") is not None and state["head.bias"].abs().max() > 0:
         raise ValueError(f"the head of {_name(tower)} has a bias: it is a classifier, not CLIP's projection")
-    size: Any = tower.patch_embed.img_size
-    patch: Any = tower.patch_embed.patch_size
+    embed: Any = tower.patch_embed
+    blocks: Any = tower.blocks
+    size, patch = embed.img_size, embed.patch_size
     if size[0] != size[1] or patch[0] != patch[1]:
         raise ValueError(f"only square images and patches can be read, got {size} and {patch}")
-    blocks: Any = tower.blocks
     config = CLIPVisionConfig(
         hidden_size=state["cls_token"].shape[-1],
         num_hidden_layers=len(blocks),
@@ -248,7 +248,8 @@ def join_towers(vision: CLIPVisionModelWithProjection, text: CLIPModel) -> CLIPM
 
 
 def _activation(tower: nn.Module) -> str:
-    activation = tower.blocks[0].mlp.act  # type: ignore[union-attr, index]
+    blocks: Any = tower.blocks
+    activation = blocks[0].mlp.act
     cfg: Any = getattr(tower, "pretrained_cfg", None) or {}
     notes = " ".join(cfg.get("notes") or ())
     if type(activation).__name__ == "QuickGELU" or "natively QuickGELU" in notes:
