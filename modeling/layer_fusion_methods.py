@@ -99,17 +99,32 @@ class CliperSettings(MethodSettings):
             )
 
 
-def balance(weights: Tensor) -> Tensor:
-    """One column and one row normalisation of (B, heads, L, L) weights (a Sinkhorn pass)."""
-    weights = weights / weights.sum(dim=-2, keepdim=True)
-    return weights / weights.sum(dim=-1, keepdim=True)
+def balance(weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """One column and one row normalisation (a Sinkhorn pass) of diag(rows) W, kept as factors beside W.
+
+    Args:
+        weights: W, (heads, L, L).
+        rows: Row factors so far, (heads, 1, L).
+
+    Returns:
+        Factors r and c of the normalised diag(r) W diag(c), each (heads, 1, L).
+    """
+    columns = 1 / (rows @ weights)
+    return 1 / (columns @ weights.transpose(-2, -1)), columns
 
 
-def sharpen(weights: Tensor) -> Tensor:
-    """Symmetrise, subtract the column mean, clamp at zero and normalise the rows."""
-    weights = (weights + weights.transpose(-2, -1)) / 2
-    weights = (weights - weights.mean(dim=-2, keepdim=True)).clamp_min(0)
-    return weights / weights.sum(dim=-1, keepdim=True)
+def sharpen(weights: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Symmetrise diag(r) W diag(c), subtract the column mean and clamp at zero, all times two; rows not normalised.
+
+    One head at a time, so that its (L, L) values stay in the processor's cache from step to step.
+
+    Args:
+        weights: W of one head, (L, L).
+        rows, columns: r and c, (1, L); the rows of diag(r) W diag(c) sum to one.
+    """
+    balanced = (weights * columns) * rows.T
+    mean = (1 + balanced.sum(dim=0)) / len(weights)  # twice the column mean of the symmetric half
+    return (balanced + balanced.T).sub_(mean).relu_()
 
 
 @register_method(
@@ -136,22 +151,57 @@ class Cliper(Method):
         return [blocks[index].layer_norm1(states[index]) for index in range(last)] + [states[last]]
 
     def stream_features(self, context: MethodContext, settings: CliperSettings) -> tuple[Tensor, Tensor]:
-        """Projected features of every stream, (S, B, L, D), and the attention used last, (B, heads, L, L)."""
+        """Projected features of every stream, (S, B, L, D), and the attention used last, mean of heads, (B, L, L)."""
         block, tower = context.tower.last_block, context.tower
         attention = block.self_attn
-        fused = torch.stack(tuple(context.trunk.attention_maps.values())).sum(dim=0).float()  # (B, heads, L, L)
-        features, weights = [], fused
-        for stream in self.streams(context):
-            normed = block.layer_norm1(stream)
-            value = split_heads(attention.v_proj(normed), attention.num_heads)
-            if settings.attention == "fused":
-                fused = balance(fused)
-                weights = sharpen(fused)
-            else:
-                weights = self._own_attention(attention, normed, value, settings.attention)
-            tokens = attention.out_proj(merge_heads(weights.to(value.dtype) @ value))  # (B, L, W)
-            features.append(tower.project(tokens))
-        return torch.stack(features), weights
+        normed = block.layer_norm1(torch.stack(self.streams(context)))  # (S, B, L, W)
+        values = split_heads(attention.v_proj(normed).flatten(0, 1), attention.num_heads)
+        values = values.unflatten(0, normed.shape[:2])  # (S, B, heads, L, d)
+        if settings.attention == "fused":
+            attended, weights = self._fused(list(context.trunk.attention_maps.values()), values)
+        else:
+            attended, weights = torch.empty_like(values), values
+            for index, (stream, value) in enumerate(zip(normed, values, strict=True)):
+                weights = self._own_attention(attention, stream, value, settings.attention)
+                attended[index] = weights.to(value.dtype) @ value
+            weights = weights.float().mean(dim=1)
+        tokens = attention.out_proj(merge_heads(attended.flatten(0, 1)))  # (S*B, L, W)
+        return tower.project(tokens).unflatten(0, normed.shape[:2]), weights
+
+    @staticmethod
+    def _fused(maps: list[Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
+        """The summed maps, normalised once more for every stream, applied to its values.
+
+        Args:
+            maps: Attention maps of the blocks, each (B, heads, L, L).
+            values: (S, B, heads, L, d).
+
+        Returns:
+            Attended values (S, B, heads, L, d), and the weights of the last stream averaged over heads, (B, L, L).
+        """
+        total = maps[0].float().clone()
+        for others in maps[1:]:
+            total += others
+        num_streams, num_heads = values.shape[0], values.shape[2]
+        images, last = [], []
+        for image, weights in enumerate(total):  # (heads, L, L)
+            rows = torch.ones_like(weights[:, :1])
+            mean = torch.zeros_like(weights[0])
+            streams = []
+            for stream in range(num_streams):
+                rows, columns = balance(weights, rows)
+                heads = []
+                for head in range(num_heads):
+                    value = values[stream, image, head]
+                    sharp = sharpen(weights[head], rows[head], columns[head])
+                    sums = sharp.sum(dim=-1, keepdim=True)
+                    heads.append((sharp.to(value.dtype) @ value) / sums.to(value.dtype))
+                    if stream == num_streams - 1:
+                        mean = mean + sharp / (sums * num_heads)
+                streams.append(torch.stack(heads))
+            images.append(torch.stack(streams))
+            last.append(mean)
+        return torch.stack(images, dim=1), torch.stack(last)
 
     @staticmethod
     def _own_attention(attention: Any, normed: Tensor, value: Tensor, kind: str) -> Tensor:
@@ -183,7 +233,7 @@ class Cliper(Method):
     def patch_streams(self, context: MethodContext, settings: CliperSettings) -> tuple[Tensor, Tensor]:
         """Features of every stream, (S, B, N, D), and the attention used last, (B, N, N), both without CLS."""
         features, weights = self.stream_features(context, settings)
-        return features[:, :, 1:], weights[:, :, 1:, 1:].float().mean(dim=1)
+        return features[:, :, 1:], weights[:, 1:, 1:]
 
     def stream_probabilities(self, context: MethodContext, settings: CliperSettings) -> Tensor:
         """Softmax over words per stream, (S, B, Q, N), for all words but the mean row; windows are mixed in."""

@@ -146,10 +146,20 @@ def test_windows_must_fit_the_patches(tiny_clip):
         DenseCLIP(tiny_clip.eval()).query_maps(torch.zeros(1, 3, size, size), words, "cliper", {"window": 17})
 
 
-def test_fused_attention_rows_are_distributions():
-    weights = torch.rand(2, 3, 7, 7, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    rows = sharpen(balance(weights)).sum(dim=-1)
-    torch.testing.assert_close(rows, torch.ones_like(rows))
+def test_fused_attention_is_normalised_as_the_formula_says():
+    weights = torch.rand(3, 7, 7, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    rows = torch.ones(3, 1, 7)
+    expected = weights
+    for _ in range(3):
+        rows, columns = balance(weights, rows)
+        expected = expected / expected.sum(dim=-2, keepdim=True)
+        expected = expected / expected.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(rows.transpose(-2, -1) * weights * columns, expected)
+    symmetric = (expected + expected.transpose(-2, -1)) / 2
+    sharp = (symmetric - symmetric.mean(dim=-2, keepdim=True)).clamp_min(0)
+    for head in range(3):
+        found = sharpen(weights[head], rows[head], columns[head])
+        torch.testing.assert_close(found, 2 * sharp[head], atol=1e-6, rtol=1e-4)
 
 
 def test_cliper_is_a_plain_restatement_on_any_clip(tiny_clip):
