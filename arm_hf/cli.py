@@ -23,6 +23,7 @@ from arm_hf.commands.data import data
 from arm_hf.commands.evaluate import evaluate, protocols
 from arm_hf.commands.export import export
 from arm_hf.commands.listings import labels, methods
+from arm_hf.commands.plot import plot
 from arm_hf.commands.publish import publish
 from arm_hf.commands.segment import segment
 
@@ -70,6 +71,7 @@ def _root(
 
 for _command in COMMANDS:
     app.command()(_command)
+app.add_typer(plot)
 
 
 def main() -> None:
