@@ -83,7 +83,7 @@ class Tally:
         head = {"rows": list(self.matrices), "images": self.images}
         arrays["head"] = np.frombuffer(json.dumps(head).encode(), dtype=np.uint8)
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+            np.savez_compressed(file, allow_pickle=False, **arrays)
 
     @classmethod
     def load(cls, path: Path, like: Tally) -> Tally:

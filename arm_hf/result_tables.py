@@ -184,8 +184,7 @@ def _gains(rows: Sequence[Mapping[str, Any]], boundary: bool) -> list[str]:
     keys = ["mean_iou", *(["boundary_iou"] if boundary else [])]
     gains = [[_difference(with_arm.get(key), host.get(key)) for key in keys] for host, with_arm in pairs]
     body = [[host["method"], *map(_signed, gain)] for (host, _), gain in zip(pairs, gains, strict=True)]
-    means = [[gain[column] for gain in gains if gain[column] is not None] for column in range(len(keys))]
-    body.append(["mean", *(_signed(sum(values) / len(values) if values else None) for values in means)])
+    body.append(["mean", *(_signed(_mean_of_known(column)) for column in zip(*gains, strict=True))])
     titles = ["what ARM adds to", "mIoU", *(["boundary IoU"] if boundary else [])]
     return ["", *_table(titles, body, left=(0,))]
 
@@ -256,13 +255,21 @@ def clear_results(out: str | Path, overwrite: bool) -> None:
 
 
 def write_results(out: str | Path, results: Mapping[str, Any], evaluation: Evaluation) -> list[Path]:
-    """Write `images.csv`, `results.md` and, last, `results.json` (strict: no NaN), each in one step."""
+    """Write `confusion.npz`, `images.csv`, `results.md` and, last, `results.json` (strict: no NaN), each in one step.
+
+    `confusion.npz` holds `classes` and for each row the pixels of each right class by what was found, none last.
+    """
     texts = {
         "images.csv": image_scores(evaluation),
         "results.md": markdown(results),
         "results.json": json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     }
-    paths = []
+    paths = [Path(out) / "confusion.npz"]
+    counts: dict[str, Any] = {
+        f"row {row.name}": evaluation.tally.matrices[row.name].counts[:-1] for row in evaluation.plan.rows
+    }
+    with atomic_path(paths[0]) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, classes=np.array(evaluation.plan.protocol.classes), **counts)
     for name, text in texts.items():
         paths.append(Path(out) / name)
         with atomic_path(paths[-1]) as temporary:
@@ -293,6 +300,11 @@ def _mean(values: Any) -> float:
 
 def _difference(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one - other
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _show(value: float | None) -> str:

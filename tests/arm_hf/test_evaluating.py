@@ -91,8 +91,8 @@ def test_windows_and_arm_give_what_the_model_gives_alone(pipe, photo):
     labels = load_label_set("voc21")
     rule = InputRule(48, 2048, "opencv-bilinear", "pixel", 32, 16, "pad")
     setups = [
-        MethodSetup("sclip", rule, labels, 0, options={"logit_scale": 65.0}, threshold=0.1, templates="single"),
-        MethodSetup("clearclip", rule, labels, 0, threshold=0.2, arm_threshold=0.4, templates="single"),
+        MethodSetup("sclip", rule, labels, 0, threshold=0.01, templates="single"),
+        MethodSetup("maskclip", rule, labels, 0, threshold=0.0477, arm_threshold=0.5, templates="single"),
     ]
     rows = [Row(setup, arm) for setup in setups for arm in (False, True)]
     found = SharedPass(pipe, rows, window_batch_size=4)(photo)
@@ -124,6 +124,41 @@ def test_windows_and_arm_give_what_the_model_gives_alone(pipe, photo):
             background_index=0,
         )[0]
         np.testing.assert_array_equal(found.labels[row.name], alone.labels.numpy(), err_msg=row.name)
+    assert all(len(np.unique(labels)) > 1 for labels in found.labels.values())
+
+
+def test_pamr_runs_only_when_asked_for_and_not_with_arm(tmp_path, pipe, photo):
+    data = open_data(write_data(tmp_path / "data", 1))
+    plans = [
+        make_plan(pipe, data, ["naclip", "clip"], EvaluationOptions(arm="both", pamr=pamr)) for pamr in (False, True)
+    ]
+    assert all(row.pamr is None for plan in plans for row in plan.rows)  # "plain" knows no method's own PAMR
+    assert setup_of("voc21", "naclip").pamr == 10
+    setup = dataclasses.replace(setup_of("voc21", "naclip"), method="maskclip", threshold=None)
+    found = [SharedPass(pipe, [Row(setup, pamr=rounds)])(photo).labels["maskclip"] for rounds in (None, 10)]
+    assert (found[0] != found[1]).any()
+    pixels = to_pixel_values(
+        photo,
+        pipe.image_processor,
+        interpolation="opencv-bilinear",
+        short_side=84,
+        long_side=None,
+        rounding="pixel",
+        patch_size=16,
+    )[None]
+    vocabulary = setup.vocabulary()
+    words = pipe.text_encoder.class_embeddings(vocabulary.queries, "single")
+    alone = DenseCLIP(pipe.model.clip, "drop").segment(
+        pixels,
+        words,
+        method="maskclip",
+        method_options={"logit_scale": 40.0},
+        class_of_query=vocabulary.class_of_query,
+        sizes=[(photo.height, photo.width)],
+        background_index=0,
+        pamr=10,
+    )[0]
+    np.testing.assert_array_equal(found[1], alone.labels.numpy())
 
 
 def test_methods_that_see_the_same_share_one_pass(pipe, photo):
@@ -454,6 +489,24 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, root, model_folder):
     output, _ = start(root, [*words, "--out", out], launcher).communicate(timeout=500)
     assert (out / "results.json").exists(), output
     assert json.loads((out / "results.json").read_text())["processes"] == 2
+    assert invoke(*words, "--out", tmp_path / "one").exit_code == 0
+    assert numbers(out) == numbers(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_one_process_finishes_what_two_began(tmp_path, root, model_folder):
+    data, out = write_data(tmp_path / "data", 8), tmp_path / "out"
+    good = (data / "labels" / "006.png").read_bytes()
+    (data / "labels" / "006.png").write_bytes(good[:40])
+    words = ["--data", data, "--methods", "clip", "--model", model_folder, "--pictures", 0, "--device", "cpu"]
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    launcher += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
+    process = start(root, [*words, "--save-every", 1, "--out", out], launcher)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode != 0 and "006.png" in output and not (out / "results.json").exists()
+    (data / "labels" / "006.png").write_bytes(good)
+    run = invoke(*words, "--out", out)
+    assert run.exit_code == 0 and "going on: " in run.output, output
     assert invoke(*words, "--out", tmp_path / "one").exit_code == 0
     assert numbers(out) == numbers(tmp_path / "one")
 
