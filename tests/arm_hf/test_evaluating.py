@@ -23,6 +23,7 @@ from arm_hf.evaluation_pictures import choose
 from arm_hf.evaluation_plan import EvaluationOptions, make_plan
 from arm_hf.label_sets import load_label_set
 from arm_hf.modeling.dense_clip import DenseCLIP
+from arm_hf.modeling.method import list_methods
 from arm_hf.partial_results import PartialResults, Tally
 from arm_hf.protocols import InputRule, MethodSetup, load_protocol
 from arm_hf.resizing import to_pixel_values
@@ -290,6 +291,17 @@ def test_a_standard_tree_is_read_in_the_protocols_layout(tmp_path, model_folder)
         run = invoke(*words, "--size", 64, "--model", model_folder, "--pictures", 0, "--out", out)
         assert run.exit_code == 0, run.output
         assert len(json.loads((out / "results.json").read_text())["results"][0]["per_class"]) == int(protocol[3:])
+
+
+def test_all_methods_are_evaluated_or_left_out_with_the_reason(tmp_path, model_folder):
+    data, out = write_data(tmp_path / "data", 1), tmp_path / "out"
+    run = invoke("--data", data, "--methods", "all", "--model", model_folder, "--pictures", 0, "--out", out)
+    assert run.exit_code == 0, run.output
+    results = json.loads((out / "results.json").read_text())
+    evaluated = {row["method"] for row in results["results"]}
+    assert evaluated | set(results["left_out"]) == set(list_methods()) and len(evaluated) >= 10
+    assert all("outside" in reason for reason in results["left_out"].values())
+    assert "Left out: proxyclip" in (out / "results.md").read_text()
 
 
 def test_settings_can_be_changed_and_say_so(tmp_path, model_folder):
