@@ -1,6 +1,7 @@
 """Colours, indexed PNGs and overlays."""
 
 import io
+import time
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from arm_hf.colors import BACKGROUND_COLOR, label_color, palette
-from arm_hf.drawing import indexed_png, overlay, segments
+from arm_hf.colors import BACKGROUND_COLOR, _as_seen, label_color, palette
+from arm_hf.drawing import DrawingStyle, indexed_png, overlay, segments
 from arm_hf.label_sets import list_label_sets, load_label_set
 
 
@@ -142,3 +143,48 @@ class TestOverlay:
             overlay(grey(4, 3), np.zeros((4, 3), dtype=int), names(1))
         with pytest.raises(ValueError, match="alpha"):
             overlay(grey(4, 3), np.zeros((3, 4), dtype=int), names(1), alpha=55)
+
+
+class TestStyles:
+    @pytest.mark.parametrize("name", ["voc21", "cityscapes19"])
+    def test_colorblind_colours_differ_for_every_kind_of_eye(self, name):
+        id2label = dict(enumerate(label.name for label in load_label_set(name)))
+
+        def least_difference(kind: str) -> float:
+            seen = _as_seen(np.array(list(palette(id2label, kind).values())))  # (eyes, K, 3)
+            apart = np.linalg.norm(seen[:, :, None] - seen[:, None], axis=-1)
+            return float((apart + 9 * np.eye(len(id2label))).min())
+
+        # Side by side, a difference of 0.02 in OKLab can just be noticed.
+        assert least_difference("colorblind") > 0.04 > 0.03 > least_difference("vivid")
+
+    def test_a_word_keeps_its_colorblind_colour(self):
+        one, other = palette({0: "cat", 1: "dog"}, "colorblind"), palette({3: "dog", 7: "cat"}, "colorblind")
+        assert {one[0], one[1]} == {other[3], other[7]}
+        assert palette({0: "cat"}, "colorblind") == {0: palette({4: "CAT"}, "colorblind")[4]}
+        assert palette({0: "background"}, "colorblind") == {0: BACKGROUND_COLOR}
+
+    def test_two_thousand_labels_in_time(self):
+        started = time.monotonic()
+        assert len(set(palette(names(1200), "colorblind").values())) > 1100
+        assert time.monotonic() - started < 60
+
+    def test_an_unknown_palette_is_named(self):
+        for call in (lambda: palette({0: "a"}, "neon"), lambda: DrawingStyle("neon")):
+            with pytest.raises(ValueError, match="'neon'; choose one of vivid, colorblind"):
+                call()
+
+    def test_contours_leave_the_inside_as_it_is(self):
+        id2label = {0: "cat", 1: "dog"}
+        drawn = overlay(grey(800, 600), blobs(800, 600, 2), id2label, names=False, legend=False, contours=True)
+        colors = palette(id2label)
+        assert drawn.getpixel((100, 300)) == drawn.getpixel((700, 300)) == (128, 128, 128)
+        assert (drawn.getpixel((397, 300)), drawn.getpixel((403, 300))) == (colors[0], colors[1])
+        assert drawn.getpixel((400, 300)) == (255, 255, 255)
+
+    def test_the_palette_reaches_files_and_legends(self):
+        semantic_map = np.array([[0, 1]])
+        colors = palette({0: "cat", 1: "dog"}, "colorblind")
+        shown = np.asarray(indexed_png(semantic_map, {0: "cat", 1: "dog"}, "colorblind").convert("RGB"))[0]
+        assert [tuple(map(int, color)) for color in shown] == [colors[0], colors[1]]
+        assert {s.id: s.color for s in segments(semantic_map, {0: "cat", 1: "dog"}, "colorblind")} == colors
