@@ -135,7 +135,8 @@ def load_pipeline(
     """Return the `open-vocab-segmentation` pipeline.
 
     Args:
-        model: The embedded model's name, a folder, or a hub id; an ARM checkpoint or a plain CLIP.
+        model: The embedded model's name, a folder, or a hub id; an ARM checkpoint, a plain CLIP, or a CLIP of timm
+            (`timm/vit_base_patch16_clip_224.openai`).
         revision: Branch, tag or commit of a hub id.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`; `None` takes an accelerator if there is one, and of several GPUs
             the one of this process under torchrun or accelerate launch.
@@ -150,10 +151,17 @@ def load_pipeline(
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     from transformers import pipeline
 
+    from arm_hf.timm_towers import is_open_clip, load_open_clip
+
     local_rank = os.environ.get("LOCAL_RANK")
     if device is None and local_rank is not None and torch.cuda.is_available():
         device = f"cuda:{int(local_rank) % torch.cuda.device_count()}"
     try:
+        if is_open_clip(model):
+            clip, tokenizer, processor = load_open_clip(model, revision)
+            clip = clip if dtype == "auto" else clip.to(getattr(torch, dtype))
+            parts = {"model": clip, "tokenizer": tokenizer, "image_processor": processor}
+            return pipeline("open-vocab-segmentation", device=device, **parts)
         return pipeline(
             "open-vocab-segmentation",
             model=resolve_model(model),

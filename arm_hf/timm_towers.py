@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ def load_open_clip(model_id: str, revision: str | None = None) -> tuple[CLIPMode
     )
     tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision)
     return clip, tokenizer, processor
+
+
+def is_open_clip(name: str) -> bool:
+    """Whether a model is read by `load_open_clip`: a repository of timm, or a folder with open_clip's config."""
+    return name.startswith("timm/") or (Path(name).expanduser() / CONFIG_NAME).is_file()
 
 
 def config_from_open_clip(model_cfg: Mapping[str, Any]) -> CLIPConfig:

@@ -13,6 +13,7 @@ from transformers import CLIPModel
 from arm_hf.modeling.dense_clip import DenseCLIP
 from arm_hf.modeling.modeling_arm import ARMModel
 from arm_hf.modeling.pipeline_arm import OpenVocabSegmentationPipeline
+from arm_hf.segmenting import load_pipeline
 from arm_hf.timm_towers import (
     clip_from_open_clip,
     config_from_open_clip,
@@ -228,6 +229,13 @@ def test_a_repository_of_timm_becomes_a_segmenter(tmp_path, reference, tiny_toke
     pipe = OpenVocabSegmentationPipeline(model=model, tokenizer=tokenizer, image_processor=processor)
     result = pipe(photo, candidate_labels="a, b", templates=["{}"], semantic=True)
     assert result["semantic_map"].shape == (photo.height, photo.width)
+    # and where the package loads models by name
+    pipe = load_pipeline(str(tmp_path), device="cpu")
+    assert type(pipe.model).__name__ == "CLIPModel"
+    result = pipe(photo, candidate_labels="a, b", templates=["{}"], semantic=True, method="sclip")
+    assert result["semantic_map"].shape == (photo.height, photo.width)
+    with pytest.raises(ValueError, match="cannot load the model 'timm/absent': timm/absent has no open_clip_config"):
+        load_pipeline("timm/absent", device="cpu")
 
 
 def test_what_is_no_plain_clip_is_refused(tmp_path, reference):

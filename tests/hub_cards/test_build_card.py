@@ -104,6 +104,7 @@ def test_a_bad_card_is_not_written(tmp_path: Path) -> None:
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_snippets_run(tmp_path: Path, tiny_clip, tiny_tokenizer, tiny_image_processor, photo, run_python) -> None:
     """Every Python block of the three cards, where a photo, a trained run and a published repository are at hand."""
     from arm_hf.modeling.pipeline_arm import OpenVocabSegmentationPipeline
