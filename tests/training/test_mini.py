@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from arm_hf.modeling.trunk import VisionTower
 from arm_hf.training.mini.crops import CropOptions, draw_batch, random_view
 from arm_hf.training.mini.data import IGNORE, BalancedSampler, load_photos
 from arm_hf.training.mini.evaluate import Confusion, Task, border_mask, task_truth
+from arm_hf.training.mini.fair_base import tag_loss, view_tags
+from arm_hf.training.mini.recipe import average_states
 from arm_hf.training.mini.targets import (
     ConceptWords,
     Regions,
@@ -126,6 +129,53 @@ def test_words_nll_is_minus_log_probability():
     permitted[torch.arange(5), torch.arange(5)] = True
     expected = F.cross_entropy(logits, torch.arange(5), reduction="none")
     torch.testing.assert_close(words_nll(logits, permitted, torch.ones_like(permitted)), expected)
+
+
+def test_words_nll_by_the_best_word_is_the_decision_of_a_label_of_many_words():
+    logits = torch.tensor([[2.0, 1.5, 1.0, 0.0]]).expand(2, -1)
+    permitted = torch.tensor([[True, True, False, False]]).expand(2, -1)
+    allowed = torch.tensor([[True, True, True, False]]).expand(2, -1)
+    summed, best = words_nll(logits, permitted, allowed, torch.tensor([False, True])).tolist()
+    e = math.exp
+    assert summed == pytest.approx(-math.log((e(2) + e(1.5)) / (e(2) + e(1.5) + e(1))))
+    assert best == pytest.approx(-math.log(e(2) / (e(2) + e(1))))  # the second word is neither right nor wrong
+
+
+def test_tags_say_which_classes_are_shown_and_nothing_else(rules):
+    table = rules
+    start = table.first_rule["voc2012"]
+    labels = torch.full((1, 20, 20), 255)
+    labels[0, 5:15] = 0  # background
+    labels[0, :5, :5] = 1
+    labels[0, 16, 10] = 2  # below the least share
+    view, rule = view_tags(labels, torch.tensor([start]), table, 0.005)
+    assert view.tolist() == [0]
+    assert rule.tolist() == [start + 1]
+    shuffled = labels.flatten()[torch.randperm(400, generator=torch.Generator().manual_seed(0))].view(1, 20, 20)
+    assert view_tags(shuffled, torch.tensor([start]), table, 0.005)[1].tolist() == rule.tolist()
+
+
+def test_tag_loss_does_not_depend_on_where_a_class_is(rules):
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(1, 9, 16, generator=generator)
+    words = F.normalize(torch.randn(len(rules.concepts), 16, generator=generator), dim=-1)
+    rule = rules.is_object.nonzero()[0]
+    view = torch.zeros(1, dtype=torch.long)
+    losses = [
+        tag_loss(dense[:, order], view, rule, rules, words, torch.tensor(10.0)).item()
+        for order in (torch.arange(9), torch.randperm(9, generator=generator))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    pulled = torch.cat([dense[:, :8], 5 * words[rules.main_concept[rule]][None]], dim=1)
+    assert tag_loss(pulled, view, rule, rules, words, torch.tensor(10.0)).item() < losses[0]
+
+
+def test_weighted_mean_of_stages():
+    saved = [{"tower": {"w": torch.full((2,), float(i))}, "logit_scale": float(i)} for i in (0, 1, 2)]
+    assert average_states(saved)["tower"]["w"].tolist() == [1.0, 1.0]
+    mean = average_states(saved, [0.25, 0.25, 0.5])
+    assert mean["tower"]["w"].tolist() == [1.25, 1.25]
+    assert mean["logit_scale"] == 1.25
 
 
 def test_vectorised_loss_equals_a_plain_loop(rules):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +63,7 @@ class RecipeOptions:
         vision_b: second vision stage, larger views, on the student's words.
         vision_c: third vision stage, rare classes as often as common ones.
         vision_d: last and longest vision stage, from the mean of the two before it; background as it is decided later.
+        share_of_last: weight of the last vision stage in the mean that ships; the two before it share the rest.
         arm_stage: options of ARM's training.
         fair: options of the tower that learns from tags alone.
     """
@@ -127,20 +128,26 @@ class RecipeOptions:
             background_by_best=True,
         )
     )
+    share_of_last: float = 0.7  # chosen on val
     arm_stage: ArmStage = field(default_factory=ArmStage)
     fair: TagStage = field(default_factory=TagStage)
 
 
-def average_states(saved: list[dict]) -> dict:
-    """Mean of the weights of vision stages that started from one another.
+def average_states(saved: list[dict], shares: Sequence[float] | None = None) -> dict:
+    """Weighted mean of the weights of vision stages that started from one another.
 
     Args:
         saved: dicts with `tower` (a state dict) and `logit_scale`.
+        shares: of each, adding up to 1; by default all the same.
     """
+    shares = [1 / len(saved)] * len(saved) if shares is None else shares
     towers = [item["tower"] for item in saved]
-    tower = {name: torch.stack([t[name].float() for t in towers]).mean(0) for name in towers[0]}
-    tower = {name: value.to(towers[0][name].dtype) for name, value in tower.items()}
-    return {"tower": tower, "logit_scale": sum(item["logit_scale"] for item in saved) / len(saved)}
+
+    def mean(values: list[Any]) -> Any:
+        return sum(share * value for share, value in zip(shares, values, strict=True))
+
+    tower = {name: mean([t[name].float() for t in towers]).to(value.dtype) for name, value in towers[0].items()}
+    return {"tower": tower, "logit_scale": mean([item["logit_scale"] for item in saved])}
 
 
 class Recipe:
@@ -349,8 +356,10 @@ class Recipe:
         self._train_vision(replace(self.options.vision_d, seed=self.options.seed + 3), start, self.student_words())
 
     def stage_clip(self) -> None:
-        """The plain `CLIPModel` in full precision: `clip/`."""
-        saved = load_tensors(self.work / "vision_d_final.pt")
+        """The plain `CLIPModel` in full precision, a mean of the last three vision stages: `clip/`."""
+        states = [load_tensors(self.work / f"vision_{x}_final.pt") for x in "bcd"]
+        last = self.options.share_of_last
+        saved = average_states(states, [(1 - last) / 2, (1 - last) / 2, last])
         text = CLIPTextModelWithProjection.from_pretrained(self.work / "text_student")
         clip = assemble_clip(self.converted_tower(), text, saved["logit_scale"], saved["tower"])
         save_clip(self.work / "clip", clip, self.tokenizer, self.options.shortest_edge)

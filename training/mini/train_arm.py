@@ -38,13 +38,14 @@ class ArmStage:
         warmup: steps of linear increase.
         ema: decay of the averaged weights, which are the result.
         open_probability: share of views with the open word list.
+        background_weight: factor on the weights of "background" pixels.
         save_every: steps between checkpoints.
         seed: of views and batches.
     """
 
-    views: int = 320
+    views: int = 400
     size: int = 280
-    steps: int = 350
+    steps: int = 450
     batch_size: int = 6
     pixels: float = 0.3
     lr: float = 1e-3
@@ -52,7 +53,8 @@ class ArmStage:
     weight_decay: float = 1e-2
     warmup: int = 30
     ema: float = 0.98
-    open_probability: float = 0.5
+    open_probability: float = 0.4
+    background_weight: float = 1.5
     save_every: int = 50
     seed: int = 0
 
@@ -198,11 +200,14 @@ def train_arm(
         form = (torch.rand(len(views), 1, generator=generator) < stage.open_probability).long().expand_as(rule)
         valid = rule >= 0
         rule, form, logits = rule[valid], form[valid], logits[valid]
-        nll = words_nll(logits, table.permitted[form, rule], table.allowed[form, rule])
+        is_background = ~table.is_object[rule]
+        # in the closed form "background" is decided by its best word, as the finished model does
+        nll = words_nll(logits, table.permitted[form, rule], table.allowed[form, rule], is_background & (form == 0))
         # every label of a view counts by the root of its area; evenly weighted pixels would unlearn small classes
         view = torch.arange(len(views))[:, None].expand_as(valid)[valid]
         regions = Regions.group(view, rule, len(table.is_object))
         weight = regions.area.float().rsqrt()[regions.of_sample]
+        weight = weight * torch.where(is_background, stage.background_weight, 1.0)
         loss = (nll * weight).sum() / weight.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
