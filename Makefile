@@ -35,8 +35,8 @@ style: $(DEV_READY) ## Mend what lint can mend and format the code
 	$(PY) -m ruff check --fix $(SOURCES)
 	$(PY) -m ruff format $(SOURCES)
 
-bench: $(USER_READY) ## Time every method against a plain CLIP forward
-	$(PY) -m arm_hf.benchmark --out bench_output
+bench: $(USER_READY) ## Measure every method against a plain CLIP forward
+	$(PY) -m arm_hf.cli benchmark --out bench_output
 
 wheel: $(DEV_READY) ## Build the wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .

@@ -89,7 +89,8 @@ class Manifest:
         self.run = digest(record)
         self.num_kept = 0
         self._file: TextIO | None = None
-        self._done: set[tuple[str, str]] = set()  # (legend, source)
+        # Hashes of (legend, source), for memory's sake; is_done looks at the files too.
+        self._done: set[int] = set()
         self._done_in: Counter[str] = Counter()
         self._rows: dict[str, int] = {}
         self._cut_off: dict[Path, list[str]] = {}
@@ -109,7 +110,7 @@ class Manifest:
                     self._runs[record["run"]] = record["settings"]
                 elif record.get("run") != self.run:
                     continue
-                elif "legend" in record and (key := (record["legend"], record["source"])) not in self._done:
+                elif "legend" in record and (key := hash((record["legend"], record["source"]))) not in self._done:
                     self._done.add(key)
                     self._done_in[record["legend"].partition("/")[0]] += 1
                 elif "rows" in record:
@@ -150,7 +151,7 @@ class Manifest:
             ValueError: If results are there that come from another picture or from other settings.
         """
         legend = outputs.legend.relative_to(self.out).as_posix()
-        if (legend, file.source) not in self._done:
+        if hash((legend, file.source)) not in self._done:
             if not outputs.legend.exists():
                 return False  # a label map without its legend was cut off
             try:

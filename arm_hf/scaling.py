@@ -51,9 +51,9 @@ class Fleet:
     start_seconds: float = 40.0
     in_flight: int = 150
     image_bytes: float = 120e3
-    result_bytes: float = 12e3
+    result_bytes: float = 7e3
     overlay_bytes: float = 0.0
-    record_bytes: float = 260.0
+    record_bytes: float = 190.0
     read_rate: float = 200e6
     records_rate: float = 250e3
     stat_seconds: float = 20e-6
@@ -124,13 +124,18 @@ def shares(images: int, images_per_shard: int, count: int) -> list[list[int]]:
 def simulate(fleet: Fleet, seed: int = 0) -> Outcome:
     """Run the fleet once.
 
-    A failure of a machine kills its processes: each repeats up to `in_flight` pictures, and before it goes on reads all
-    manifests, asks for the files of what it had finished in the current shard and passes over these rows.
+    A process is as fast as the model or as reading, whatever is slower. A failure of a machine kills its processes:
+    each repeats up to `in_flight` pictures, and before it goes on reads all manifests, asks for the files of what it
+    had finished in the current shard and passes over these rows.
     """
     random = np.random.default_rng(seed)
     count = fleet.machines * fleet.processes
     processes = [_Process(part) for part in shares(fleet.images, fleet.images_per_shard, count)]
     by_files = -(-fleet.images // fleet.images_per_shard) >= count
+    ideal_hours = fleet.images / (fleet.rate * count) / _HOUR
+    # Without a file for every process each reads all rows for its share of them.
+    bytes_per_picture = fleet.image_bytes * (1 if by_files else count)
+    fleet = replace(fleet, rate=min(fleet.rate, fleet.read_rate / bytes_per_picture))
     failures = 0
     for machine in range(fleet.machines):
         members = processes[machine * fleet.processes : (machine + 1) * fleet.processes]
@@ -144,7 +149,7 @@ def simulate(fleet: Fleet, seed: int = 0) -> Outcome:
     files = fleet.images * (3 if fleet.overlay_bytes else 2)
     return Outcome(
         hours=hours,
-        ideal_hours=fleet.images / (fleet.rate * count) / _HOUR,
+        ideal_hours=ideal_hours,
         failures=failures,
         repeated=sum(process.repeated for process in processes),
         restart_hours=sum(process.restart_seconds for process in processes) / _HOUR,

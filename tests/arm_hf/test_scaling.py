@@ -55,3 +55,8 @@ def test_tables_and_nonsense():
     assert f"| {2 * FLEET.images:,} |" in storage(FLEET)
     with pytest.raises(ValueError, match="rate must be positive"):
         Fleet(rate=0)
+
+
+def test_fewer_files_than_processes_make_reading_the_limit():
+    few = replace(FLEET, images_per_shard=20_000, rate=1e4, hours_between_failures=1e9)
+    assert simulate(few).hours == pytest.approx((100_000 * few.image_bytes / few.read_rate + few.start_seconds) / 3600)
