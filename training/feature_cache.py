@@ -251,8 +251,8 @@ def _layout(folder: Path, model: ARMModel, options: TrainingOptions) -> RecordLa
     about = folder / "about.json"
     if about.exists():
         known = json.loads(about.read_text(encoding="utf-8"))["layout"]
-        shapes = [tuple(known[name]) for name in ("hidden", "deep", "labels")]
-        return RecordLayout(*shapes, known["dtype"], known["label_dtype"])
+        hidden, deep, labels = (tuple(known[name]) for name in ("hidden", "deep", "labels"))
+        return RecordLayout(hidden, deep, labels, known["dtype"], known["label_dtype"])
     size = options.crop_size
     config: Any = model.config
     with torch.no_grad():

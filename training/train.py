@@ -96,6 +96,7 @@ def train(options: TrainingOptions) -> dict[str, Any]:
     if not model.config.clip_name_or_path:
         model.config.clip_name_or_path = str((run.root / "clip").resolve())
     model.to(accelerator.device)
+    accelerator.print(f"encoding the words of {len(sets) + len(options.val_data)} data sets ...")
     encoder = TextEncoder(model.clip, tokenizer)
     words = [encoder.class_embeddings(chosen.words, options.templates) for chosen in sets]  # E_t, (Q, D) each
     validator = Validator(options, encoder, processor, accelerator) if options.val_data else None

@@ -223,6 +223,15 @@ def test_the_loss_does_not_depend_on_accumulation(
     assert two == pytest.approx(one, rel=tolerance)
 
 
+def test_tensorboard_gets_the_curve(run_training: Run, flags: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run_training(*flags, "--trackers", "tensorboard", "--max-steps", "3") == 0
+    events = EventAccumulator(str(tmp_path / "run" / "arm")).Reload()
+    assert [scalar.step for scalar in events.Scalars("train/loss")] == [1, 2, 3]
+
+
 # -- resuming -----------------------------------------------------------------------------------------------------
 
 

@@ -95,7 +95,7 @@ def test_two_processes_stop_on_a_signal_and_resume(
     run(["training/train.py", *with_output("whole", *more)], root)
     process, log = start([*torchrun, *with_output("stopped", *more)], root), tmp_path / "stopped" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text()):
-        time.sleep(0.02)
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     printed = finish(process)
     assert "go on with --resume" in printed
@@ -116,7 +116,7 @@ def test_kill_9_at_any_moment_loses_at_most_the_steps_since_the_last_checkpoint(
     for _ in range(12):
         process = start(["training/train.py", *killed], root)
         while process.poll() is None and not (log.exists() and len(losses_so_far(log)) > saved + 2):
-            time.sleep(0.02)
+            time.sleep(0.05)
         time.sleep(moments.uniform(0, 0.6))
         if process.poll() is not None:
             break
