@@ -58,6 +58,23 @@ def files_of(folder: Path) -> list[Path]:
     return found
 
 
+def require_token(token: str | None = None) -> str:
+    """The access token, given or of this machine.
+
+    Raises:
+        UploadError: There is none.
+    """
+    from huggingface_hub import get_token
+
+    token = token or get_token()
+    if not token:
+        raise UploadError(
+            "there is no access token: make one with write access at https://huggingface.co/settings/tokens, then run "
+            "`hf auth login` or set HF_TOKEN"
+        )
+    return token
+
+
 def upload(
     folder: Path, destination: Destination, message: str, token: str | None = None, endpoint: str | None = None
 ) -> str:
@@ -80,15 +97,10 @@ def upload(
         UploadError: Nothing was published: no token, no network, missing rights, a repository with other content, ...
         ValueError: The folder holds what must not be published.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     paths = files_of(folder)
-    token = token or get_token()
-    if not token:
-        raise UploadError(
-            "there is no access token: make one with write access at https://huggingface.co/settings/tokens, then run "
-            "`hf auth login` or set HF_TOKEN"
-        )
+    token = require_token(token)
     api = HfApi(endpoint=endpoint, token=token)
     with _one_line(destination, token, api.endpoint):
         repo_id, is_new = _create(api, destination)

@@ -22,7 +22,7 @@ from arm_hf.hub_cards.build_card import (
     read_json,
 )
 from arm_hf.hub_cards.lint import SECTIONS, problems
-from arm_hf.hub_cards.metadata import CardFacts
+from arm_hf.hub_cards.metadata import CardFacts, is_hub_id
 
 FORMS = ("lean", "full", "int8")
 CARD_NAME, ADAPTER, PICTURES = "README.md", "adapter", "pictures"
@@ -116,7 +116,7 @@ def build(source: Path, folder: Path, repo_id: str, form: str | None = None, car
     stored = "int8" if config.weight_packing else "full" if config.checkpoint_contents == "full" else "lean"
     adapter = record.get("adapter")  # loading has merged it into the towers
     clip_name, revision = record.get("clip_name_or_path"), record.get("clip_revision")
-    base_model = clip_name if _on_the_hub(clip_name) else None
+    base_model = clip_name if is_hub_id(clip_name) else None
     tokenizer, processor = (
         _part(kind, source, clip_name, revision) for kind in ("AutoTokenizer", "AutoImageProcessor")
     )
@@ -208,7 +208,7 @@ def write_card(source: Path, repo_id: str | None, card: CardRequest, overwrite: 
         raise ValueError(f"{str(path)!r} is a card that somebody wrote; pass --overwrite to replace it")
     base = read_json(source / "config.json", "").get("clip_name_or_path")
     pictures = [Picture(f"{PICTURES}/{found.name}", _words(found)) for found in _pictures_of(source)]
-    write(path, _new_card(source, source, repo_id, card, pictures, base if _on_the_hub(base) else None))
+    write(path, _new_card(source, source, repo_id, card, pictures, base if is_hub_id(base) else None))
     return path
 
 
@@ -239,10 +239,12 @@ def _new_card(
 ) -> str:
     mini = _is_mini(source)
     results = [read_json(Path(path), "arm-hf evaluate") for path in card.results] or _results_of(source)
-    facts = MINI_FACTS if mini else CardFacts(card.license, tuple(card.datasets), base_model)
+    options = {} if mini else _options_of(source)
+    trained_on = card.datasets or [name for name in options.get("data") or () if is_hub_id(name)]
+    facts = MINI_FACTS if mini else CardFacts(card.license, tuple(trained_on), base_model)
     name = repo_id.rpartition("/")[2] if repo_id else DEFAULT_MODEL if mini else _name_of(source)
     template = f"{DEFAULT_MODEL}.md.j2" if mini else "trained.md.j2"
-    training = {} if mini else _training_of(source)
+    training = _training(source, options)
     tuned = bool(read_json(source / "config.json", "").get("adapter"))
     return model_card(folder, name, template, facts, results, pictures, repo_id, training, tuned)
 
@@ -266,26 +268,34 @@ def _results_of(source: Path) -> list[dict[str, Any]]:
     return [read_json(path, "arm-hf evaluate") for path in paths if path.is_file()]
 
 
-def _training_of(source: Path) -> dict[str, Any]:
-    """The options of the run that a model came from, and the steps it took, for the card."""
+def _run_of(source: Path) -> Path:
+    """The folder of the run that a model came from: it holds best/ and last/."""
+    return source if (source / "options.yaml").is_file() else source.parent
+
+
+def _options_of(source: Path) -> dict[str, Any]:
     import yaml
 
-    run = next((path for path in (source, source.parent) if (path / "options.yaml").is_file()), None)
-    if run is None:
-        return {}
-    options: Mapping[str, Any] = yaml.safe_load((run / "options.yaml").read_text(encoding="utf-8")) or {}
+    path = _run_of(source) / "options.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
+
+
+def _training(source: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card says about the run: its options, and the steps it took."""
     found = {name: options[name] for name in TRAINING_OPTIONS if options.get(name) not in (None, [], False)}
     for name, value in found.items():
         if isinstance(value, list):
             found[name] = ", ".join(_public_name(str(item)) for item in value)
-    log = run / "log.jsonl"
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if line] if log.is_file() else []
+    log = _run_of(source) / "log.jsonl"
+    steps = (
+        [json.loads(line)["step"] for line in log.read_text().splitlines() if line] if found and log.is_file() else []
+    )
     return {**found, **({"steps taken": max(steps)} if steps else {})}
 
 
 def _public_name(text: str) -> str:
     """A hub id as it is, of a path its last part: where data lie on this machine is nobody's business."""
-    return text if _on_the_hub(text) else Path(text).name
+    return text if is_hub_id(text) else Path(text).name
 
 
 def _part(kind: str, source: Path, clip_name: str | None, revision: str | None) -> Any:
@@ -339,16 +349,6 @@ def _copy_pictures(source: Path, folder: Path, more: Sequence[str | os.PathLike]
 
 def _words(path: Path) -> str:
     return path.stem.replace("_", " ").replace("-", " ")
-
-
-def _on_the_hub(name: str | None) -> bool:
-    return (
-        name is not None
-        and name.count("/") <= 1
-        and not name.startswith((".", "/", "~"))
-        and "\\" not in name
-        and not Path(name).exists()
-    )
 
 
 def _pinned(clip: str | None, revision: str | None) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from arm_hf.hub_cards.lint import problems
 from arm_hf.hub_cards.measurements import Measurement, read_measurements
-from arm_hf.hub_cards.metadata import CardFacts, front_matter
+from arm_hf.hub_cards.metadata import CardFacts, front_matter, is_hub_id
 
 HERE = Path(__file__).resolve().parent
 MARKER = "<!-- Written by `arm-hf card`: what is edited here is lost when the card is built again. -->"
@@ -92,7 +92,7 @@ def model_card(
     config = ARMConfig.from_dict(record)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
     measured = read_measurements(results, config.method)
-    if facts.base_model is None and _is_hub_id(config.clip_name_or_path):
+    if facts.base_model is None and is_hub_id(config.clip_name_or_path):
         facts = CardFacts(**{**vars(facts), "base_model": config.clip_name_or_path})
     return _render(
         template,
@@ -162,7 +162,7 @@ def _render(
         keep_trailing_newline=True,
     )
     environment.filters |= {"number": _number, "paper": _paper}
-    clip_name = facts.base_model or (config.clip_name_or_path if _is_hub_id(config.clip_name_or_path) else None)
+    clip_name = facts.base_model or (config.clip_name_or_path if is_hub_id(config.clip_name_or_path) else None)
     text = environment.get_template(template).render(
         name=name,
         config=config,
@@ -210,12 +210,6 @@ def _weights(record: Mapping[str, Any], size: int) -> str:
     else:
         form = f"ARM alone; CLIP's towers are loaded from `{record.get('clip_name_or_path')}`"
     return f"{form}; safetensors, {size / 1e6:.1f} MB with everything"
-
-
-def _is_hub_id(name: str | None) -> bool:
-    return (
-        name is not None and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
-    )
 
 
 def _protocol_rows(method: str, backbone: str) -> list[dict[str, Any]]:

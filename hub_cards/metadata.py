@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from arm_hf.hub_cards.measurements import Measurement
@@ -13,6 +14,13 @@ from arm_hf.hub_cards.measurements import Measurement
 TAGS = ("open-vocabulary-segmentation", "semantic-segmentation", "clip", "arm")
 PIPELINE_TAG = "image-segmentation"  # the Hub's list of tasks has none for open vocabularies
 LIBRARY = "transformers"
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name is an id of the Hub (`organisation/name`) and no folder of this machine."""
+    if name is None or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        return False
+    return not Path(name).exists()
 
 
 @dataclass(frozen=True)

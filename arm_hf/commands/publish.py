@@ -37,11 +37,13 @@ def publish(
         import tempfile
         from pathlib import Path
 
-        from arm_hf.hub_upload import Destination, files_of, upload
+        from arm_hf.hub_upload import Destination, files_of, require_token, upload
         from arm_hf.publishing import CardRequest, build, check, describe, find_model
 
         destination = Destination(repo_id, revision, private, update)
         source = find_model(model)
+        if not dry_run:
+            require_token()
         if keep is not None and Path(keep).exists():
             raise ValueError(f"{keep!r} is there already; choose another folder to --keep")
         quiet_libraries()

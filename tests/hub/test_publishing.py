@@ -181,6 +181,18 @@ def test_results_reach_table_and_metadata(save, tmp_path):
     assert data.license == "mit" and data.datasets == ["org/coco"]
 
 
+def test_the_run_that_it_came_from_is_told(save, tmp_path):
+    """Options and steps of the run; of its data what is public."""
+    source = save("run/best", self_contained=True)
+    options = "data: [org/coco-stuff, /home/somebody/voc2012]\nepochs: 3\nlora: false\nmax_steps: null\n"
+    (tmp_path / "run" / "options.yaml").write_text(options)
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 10, "loss": 1}\n{"step": 20, "mean_iou": {}}\n')
+    card = (build(source, tmp_path / "built", "org/arm").folder / "README.md").read_text()
+    assert "| `data` | org/coco-stuff, voc2012 |" in card and "/home" not in card
+    assert "| `epochs` | 3 |" in card and "| `steps taken` | 20 |" in card and "max_steps" not in card
+    assert "datasets:\n- org/coco-stuff\n" in card
+
+
 def test_a_card_that_somebody_wrote_is_kept(save, tmp_path):
     source = save(self_contained=True)
     own = (
@@ -239,3 +251,25 @@ def test_what_is_no_model(save, clip, tmp_path):
         (source / name).unlink()
     with pytest.raises(OSError, match="holds no tokenizer, and its config names no CLIP"):
         build(source, tmp_path / "built", "org/arm")
+
+
+def test_the_commands(save, tmp_path, monkeypatch):
+    """One line and an exit code for what the user can mend; nothing is built before a token is there."""
+    from typer.testing import CliRunner
+
+    from arm_hf.cli import app
+
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    source = save(self_contained=True)
+    done = CliRunner().invoke(app, ["card", str(source), "--repo-id", "org/arm"])
+    assert done.exit_code == 0 and done.output == f"card: {source / 'README.md'}\n"
+    assert 'model="org/arm"' in (source / "README.md").read_text()
+    for arguments, code, line in (
+        (["--repo-id", "org/arm"], 1, "arm-hf: error: there is no access token: make one"),
+        (["--repo-id", "a/b/c", "--dry-run"], 2, "arm-hf: error: Repo id must be in the form"),
+        (["--repo-id", "org/arm", "--dry-run", "--keep", str(source)], 2, "is there already; choose another folder"),
+    ):
+        done = CliRunner().invoke(app, ["publish", str(source), *arguments])
+        assert done.exit_code == code, done.output
+        assert line in done.stderr and done.stderr.count("\n") == 1
