@@ -138,6 +138,7 @@ class OnnxSegmenter:
                 total += np.exp(np.float64(scale) * values)
             winner[values > best] = index
             best = np.maximum(best, values)
+        confidence: np.ndarray
         if self.settings["activation"] == "softmax":
             confidence = np.exp(np.float64(scale) * best) / total
         elif self.settings["activation"] == "sigmoid":
