@@ -109,8 +109,8 @@ def _of_evaluation(record: Mapping[str, Any]) -> list[Measurement]:
         rows.setdefault((row["method"], row["pamr"]), {})[row["arm"]] = row
     found = []
     for (method, pamr), variants in rows.items():
-        alone, refined = variants.get(False), variants.get(True)
-        facts: Any = refined or alone
+        alone, refined = variants.get(False, {}), variants.get(True, {})
+        facts = refined or alone
         _, dataset = SETS.get(protocol["name"], ("", data["name"]))
         found.append(
             Measurement(
@@ -120,13 +120,13 @@ def _of_evaluation(record: Mapping[str, Any]) -> list[Measurement]:
                 data["images"],
                 facts["classes_in_labels"],
                 method + (f" + PAMR {pamr}" if pamr else ""),
-                alone and alone["mean_iou"],
-                refined and refined["mean_iou"],
-                alone and alone["overall_accuracy"],
-                refined and refined["overall_accuracy"],
+                alone.get("mean_iou"),
+                refined.get("mean_iou"),
+                alone.get("overall_accuracy"),
+                refined.get("overall_accuracy"),
                 _seen(protocol, method),
-                alone["published"] if alone else (),
-                refined["published"] if refined else (),
+                alone.get("published", ()),
+                refined.get("published", ()),
             )
         )
     return found
