@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -48,11 +49,11 @@ class Page(gr.Blocks):
             require_uploads(inputs)
             return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
         except InvalidPathError as error:
-            raise gr.Error("this page reads only files that were uploaded to it") from error
+            raise _refusal("this page reads only files that were uploaded to it") from error
         except ComponentProcessingError as error:
-            raise gr.Error("one of the fields, or the file in the photo field, cannot be read") from error
+            raise _refusal("one of the fields, or the file in the photo field, cannot be read") from error
         except ValueError as error:
-            raise gr.Error(" ".join(str(error).split())) from error
+            raise _refusal(str(error)) from error
 
 
 def build_page(workshop: Workshop, folder: Path) -> gr.Blocks:
@@ -183,7 +184,7 @@ def build_page(workshop: Workshop, folder: Path) -> gr.Blocks:
 
 
 def serve(workshop: Workshop, host: str | None = None, port: int | None = None, open_browser: bool = False) -> None:
-    """Show the page until the process is told to stop.
+    """Show the page until the process is told to stop (SIGINT, SIGTERM), and then end the process.
 
     Args:
         workshop: The models and what is done with them.
@@ -219,13 +220,24 @@ def serve(workshop: Workshop, host: str | None = None, port: int | None = None, 
             theme=_theme(),
             app_kwargs={"middleware": [Middleware(NeededRoutesOnly, file_megabytes=limits.file_megabytes)]},
         )
-        page.block_thread()
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        stop.wait()
+        page.close(verbose=False)
+    print("The page is closed, and the files of its visitors are gone.", flush=True)
+    os._exit(0)  # visitors' open connections would keep the interpreter from ending
 
 
 def main() -> None:
     """Run as a Hub Space does: settings come from the environment."""
     models = [name.strip() for name in os.environ.get("ARM_HF_MODELS", DEFAULT_MODEL).split(",") if name.strip()]
     serve(Workshop(models, os.environ.get("ARM_HF_COMPENSATION") or None))
+
+
+def _refusal(message: str) -> gr.Error:
+    """A message for the visitor, in one line; the log has no use for it."""
+    return gr.Error(" ".join(message.split()), duration=15, print_exception=False)
 
 
 def _answering(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -235,12 +247,12 @@ def _answering(work: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return work(*fields)
         except (ValueError, ImportError) as error:
-            raise gr.Error(" ".join(str(error).split()), duration=15) from error
+            raise _refusal(str(error)) from error
         except MemoryError as error:
-            raise gr.Error("this took more memory than there is; try fewer labels or a smaller photo") from error
+            raise _refusal("this took more memory than there is; try fewer labels or a smaller photo") from error
         except Exception as error:
             traceback.print_exc()
-            raise gr.Error("something went wrong on the server; its log says what") from error
+            raise _refusal("something went wrong on the server; its log says what") from error
 
     return answer
 

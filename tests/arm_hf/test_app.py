@@ -251,6 +251,7 @@ def server(root, model_folder, tmp_path_factory):
         yield address, temporary
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, log.read_text()
+        assert "Traceback" not in log.read_text()
         assert not list(temporary.glob("arm-hf-app-*"))  # all of the visitors' files went with it
     finally:
         process.kill()
