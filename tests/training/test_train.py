@@ -37,7 +37,7 @@ def test_defaults_are_the_papers() -> None:
 
 def test_every_form_of_arm_is_a_flag_with_the_models_default() -> None:
     not_options = {"clip_config", "clip_name_or_path", "ignore_index", "background", "odd_sizes", "initializer_range"}
-    not_options |= {"checkpoint_contents", "weight_packing", "clip_revision"}
+    not_options |= {"adapter", "checkpoint_contents", "weight_packing", "clip_revision"}
     own = {name for name in ARMConfig.__annotations__ if name not in ("model_type", "sub_configs_defaults")}
     fields = TrainingOptions().arm_fields()
     assert set(fields) == own - not_options
