@@ -177,10 +177,11 @@ class TrainingOptions:
                 f"{self.crop_size}, {self.resize_min}, {self.resize_max}"
             )
         for names, sets in (("class_names", "data"), ("val_class_names", "val_data")):
-            if getattr(self, names) and len(getattr(self, names)) != len(getattr(self, sets)):
+            counts = len(getattr(self, names)), len(getattr(self, sets))
+            if all(counts) and counts[0] != counts[1]:
                 raise ValueError(
-                    f"{names} must name one label set per entry of {sets} ({len(getattr(self, sets))}), got "
-                    f"{len(getattr(self, names))}; write own where a set's own names are right"
+                    f"{names} must name one label set per entry of {sets} ({counts[1]}), got {counts[0]}; write own "
+                    "where a set's own names are right"
                 )
         if self.lora and self.cache_features:
             raise ValueError("lora changes CLIP's features at every step, so they cannot be cached; leave one out")
