@@ -21,7 +21,8 @@ def card(
 ) -> None:
     """Build the card (README.md) of a model folder anew."""
     with one_line_errors():
-        from arm_hf.publishing import CardRequest, find_model, write_card
+        from arm_hf.folder_cards import CardRequest, write_card
+        from arm_hf.publishing import find_model
 
         request = CardRequest(results or (), (), license, dataset or ())
         typer.echo(f"card: {write_card(find_model(model), repo_id, request, overwrite)}")

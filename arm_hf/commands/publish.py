@@ -37,8 +37,9 @@ def publish(
         import tempfile
         from pathlib import Path
 
+        from arm_hf.folder_cards import CardRequest
         from arm_hf.hub_upload import Destination, files_of, require_token, upload
-        from arm_hf.publishing import CardRequest, build, check, describe, find_model
+        from arm_hf.publishing import build, check, describe, find_model
 
         destination = Destination(repo_id, revision, private, update)
         source = find_model(model)

@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
+from arm_hf.folder_cards import CardRequest, write_card
 from arm_hf.hub_cards.build_card import MARKER
 from arm_hf.hub_cards.lint import problems
 from arm_hf.modeling.modeling_arm import ARMModel
-from arm_hf.publishing import CardRequest, build, describe, find_model, write_card
+from arm_hf.publishing import build, describe, find_model
 
 COMMIT = "1" * 40
 
