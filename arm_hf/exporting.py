@@ -198,13 +198,13 @@ def text_sample(clip: Any, prompts: int = 3, tokens: int = 7) -> tuple[Tensor, T
 
 
 def image_shapes(graph: ImageGraph) -> dict[str, dict[int, Any]]:
-    """What stays open in the image graph: batch, height and width in whole patches, number of classes."""
+    """What stays open in the image graph: batch, height and width in whole patches (at least two), classes."""
     side = graph.dense.tower.patch_size
     return {
         "pixel_values": {
             0: torch.export.Dim("batch", min=1, max=4096),
-            2: side * torch.export.Dim("rows", min=1, max=4096 // side),
-            3: side * torch.export.Dim("columns", min=1, max=4096 // side),
+            2: side * torch.export.Dim("rows", min=2, max=4096 // side),
+            3: side * torch.export.Dim("columns", min=2, max=4096 // side),
         },
         "class_embeddings": {0: torch.export.Dim("classes", min=1, max=65535)},
     }
@@ -334,7 +334,7 @@ def runner_settings(pipe: Any, graph: ImageGraph, templates: tuple[str, ...]) ->
 def checked_inputs(module: nn.Module) -> list[tuple]:
     """Inputs of other sizes than the one that was traced."""
     if isinstance(module, ImageGraph):
-        sizes: tuple[Any, ...] = ((1, (1, 2), 1), (3, (4, 3), 7), (1, (7, 7), 2))
+        sizes: tuple[Any, ...] = ((1, (2, 3), 1), (3, (4, 3), 7), (1, (7, 7), 2))
         side = int((module.dense.tower.embeddings.position_embedding.weight.shape[0] - 1) ** 0.5)
         return [image_sample(module, *size) for size in (*sizes, (1, (side, side), 3))]
     assert isinstance(module, TextGraph)
