@@ -24,7 +24,13 @@ TOP_LEVEL = {
     "training",
 }
 
-# Machine paths, package indexes, unfinished work. This file is left out of the search.
+# Machine paths, package indexes, unfinished work. Files that look for such words themselves are left out of the search.
+SEARCHERS = (
+    "hub_cards/lint.py",
+    "tests/hub/test_publishing.py",
+    "tests/hub_cards/test_lint.py",
+    "tests/packaging/test_repository.py",
+)
 UNWANTED = {
     "a machine's path": r"(?<![\w.])/(?:root|work|home|Users|mnt|opt)/\w",
     "a package index": r"index-url|pythonhosted|find-links|/simple\b",
@@ -50,7 +56,13 @@ def test_top_level_is_exactly_the_house(root: Path, tracked: list[Path]) -> None
 def test_no_unwanted_words(root: Path, tracked: list[Path]) -> None:
     found = []
     for path in tracked:
-        if path == Path(__file__) or path.suffix in {".png", ".jpg", ".npz", ".safetensors", ".json"}:
+        if path.relative_to(root).as_posix() in SEARCHERS or path.suffix in {
+            ".png",
+            ".jpg",
+            ".npz",
+            ".safetensors",
+            ".json",
+        }:
             continue
         text = path.read_text(encoding="utf-8")
         found += [
