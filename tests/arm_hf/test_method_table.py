@@ -1,6 +1,7 @@
 """The table of methods that the command line and the documentation print."""
 
 import dataclasses
+import itertools
 import shlex
 
 import pytest
@@ -27,7 +28,7 @@ def test_the_systems_of_the_papers_are_there():
 @pytest.mark.parametrize(("method", "name", "options"), VARIANTS)
 def test_the_options_of_a_variant_are_known(method, name, options):
     words = shlex.split(options)
-    settings = [value for key, value in zip(words, words[1:], strict=False) if key == "--method-option"]
+    settings = [value for key, value in itertools.pairwise(words) if key == "--method-option"]
     found = get_method(method).settings(parse_options(settings))
     for key, value in parse_options(settings).items():
         assert dataclasses.asdict(found)[key] == value
