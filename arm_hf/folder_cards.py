@@ -16,6 +16,7 @@ from arm_hf.hub_cards.metadata import CardFacts, is_hub_id
 
 CARD_NAME, PICTURES = "README.md", "pictures"
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png")
+GPS = 0x8825  # EXIF's pointer to the place
 TRAINING_OPTIONS = (  # of a run's options.yaml, those that a reader of the card asks for
     *("data", "split", "class_names", "epochs", "max_steps", "batch_size", "learning_rate", "weight_decay", "schedule"),
     *("loss", "ignored_pixels", "crop_size", "resize_min", "resize_max", "seed", "lora", "lora_rank"),
@@ -77,7 +78,7 @@ def copy_pictures(source: Path, folder: Path, more: Sequence[str | os.PathLike])
     """Put the sample pictures of a model, and some more, into a folder.
 
     Raises:
-        ValueError: Two have the same name.
+        ValueError: Two have the same name, or one says where it was taken.
         OSError: One is no picture.
     """
     from PIL import Image
@@ -92,7 +93,9 @@ def copy_pictures(source: Path, folder: Path, more: Sequence[str | os.PathLike])
         if target.exists():
             raise ValueError(f"two sample pictures are called {path.name!r}; rename one")
         with Image.open(path) as image:
-            image.verify()
+            if GPS in image.getexif():
+                raise ValueError(f"{path.name!r} says where it was taken (GPS in its EXIF data); take that out first")
+            image.load()  # all of it can be read
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
         pictures.append(Picture(f"{PICTURES}/{path.name}", _words(path)))

@@ -222,6 +222,11 @@ def test_pictures(save, tmp_path):
     built = build(source, tmp_path / "built", "org/arm", card=CardRequest(pictures=[tmp_path / "two_cats.png"]))
     assert (built.folder / "pictures" / "two_cats.png").is_file()
     assert "![two cats](pictures/two_cats.png)" in (built.folder / "README.md").read_text()
+    exif = Image.Exif()
+    exif.get_ifd(0x8825)[1] = "N"
+    Image.new("RGB", (8, 8)).save(tmp_path / "home.jpg", exif=exif)
+    with pytest.raises(ValueError, match=r"'home\.jpg' says where it was taken"):
+        build(source, tmp_path / "place", "org/arm", card=CardRequest(pictures=[tmp_path / "home.jpg"]))
     (tmp_path / "no_picture.png").write_text("text")
     with pytest.raises(OSError, match="cannot identify"):
         build(source, tmp_path / "other", "org/arm", card=CardRequest(pictures=[tmp_path / "no_picture.png"]))
