@@ -140,7 +140,8 @@ def evaluate_model(
     from tqdm import tqdm
 
     from arm_hf.data import open_data
-    from arm_hf.evaluating import EvaluationOptions, evaluate_data, make_plan
+    from arm_hf.evaluating import evaluate_data
+    from arm_hf.evaluation_plan import EvaluationOptions, make_plan
     from arm_hf.partial_results import remove_partial
     from arm_hf.result_tables import build_results
     from arm_hf.segmenting import load_pipeline
@@ -179,7 +180,7 @@ def run_experiment(
     records = []
     for variant in EXPERIMENTS[name]:
         sets = [chosen for chosen in SETS if chosen.name in variant.sets and (data / chosen.folder).is_dir()]
-        alone = {}
+        alone: dict[str, dict[str, Any]] = {}
         for host in variant.hosts:  # a file for each, so that experiments share them
             part = evaluate_model(recipe.clip, [host], sets, data, "off", work / ALONE / host, limit)
             for each, rows in part.items():
