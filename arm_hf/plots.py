@@ -194,14 +194,18 @@ def confusion_plot(counts: np.ndarray, classes: Sequence[str], title: str = "", 
     if not present:
         raise ValueError("no class occurs in the labels")
     rows = sorted(present[:most])
-    columns = [*rows, len(classes)] if counts.shape[1] > len(classes) and counts[rows, -1].any() else rows
-    shares = 100 * counts[np.ix_(rows, columns)] / totals[rows][:, None]
+    shares = counts[np.ix_(rows, rows)]
+    # Classes that are not shown and "none of the classes", so that every row adds up to 100.
+    other = totals[rows] - shares.sum(axis=1)
     row_names = [classes[index] for index in rows]
-    column_names = [*row_names, "none"][: len(columns)]
-    side = 2.2 + (0.42 if len(rows) <= _MOST_NUMBERED else 0.26) * len(columns)
+    column_names = list(row_names)
+    if other.any():
+        shares, column_names = np.column_stack([shares, other]), [*row_names, "other"]
+    shares = 100 * shares / totals[rows][:, None]
+    side = 2.2 + (0.42 if len(rows) <= _MOST_NUMBERED else 0.26) * len(column_names)
     figure, (axis,) = _panels(1, height=side, width=side + 0.8)
     picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    axis.set_xticks(range(len(columns)), column_names, rotation=55, ha="right", rotation_mode="anchor")
+    axis.set_xticks(range(len(column_names)), column_names, rotation=55, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(rows)), row_names)
     axis.grid(visible=False)
     axis.set_xlabel("found")

@@ -52,7 +52,7 @@ _PHOTOS: tuple[tuple[str, str, Callable[[], Image.Image]], ...] = (
 def write_examples(folder: Path) -> list[tuple[str, str]]:
     """Write the photos that are to be had into a folder; return path and words of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
+    found: list[tuple[str, str]] = []
     for name, words, read in (*_PHOTOS, ("scene", "sky, grass, road", _scene)):
         if name == "scene" and found:
             break

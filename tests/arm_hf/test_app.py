@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -238,7 +239,10 @@ def server(root, model_folder, tmp_path_factory):
     log = temporary / "log.txt"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "arm_hf.cli", "app", "--model", str(model_folder), "--port", str(port)],
+            [
+                *(sys.executable, "-m", "arm_hf.cli", "app", "--port", str(port)),
+                *("--model", str(model_folder), "--model", "arm-clip-mini"),
+            ],
             cwd=temporary,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -416,3 +420,94 @@ def test_a_space_gets_the_same_file(root, tmp_path):
         write_space(tmp_path / "space")
     with pytest.raises(ValueError, match="folder of this machine"):
         write_space(tmp_path / "other", [str(tmp_path)])
+
+
+@pytest.fixture
+def tab(server):
+    """The page in a real browser; what went wrong in it fails the test."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser_path = next(filter(None, map(shutil.which, names)), None)
+    if browser_path is None:
+        pytest.skip(f"needs one of {', '.join(names)}, such as Debian's package chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1300, "height": 950})
+        tab.set_default_timeout(120_000)
+        problems: list[str] = []
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        foreign: list[str] = []
+        tab.on("request", lambda request: foreign.append(request.url) if not _own(request.url, server[0]) else None)
+        tab.goto(server[0])
+        tab.wait_for_selector("#segment")
+        yield tab
+        browser.close()
+    assert not problems
+    assert not foreign  # no script, font or picture from elsewhere
+
+
+def _own(address: str, server: str) -> bool:
+    return address.startswith((server, "data:", "blob:"))
+
+
+def canvas(tab) -> str:
+    """What the overlay shows."""
+    return tab.evaluate("document.querySelector('#viewer canvas').toDataURL()")
+
+
+@pytest.mark.slow
+class TestBrowser:
+    def test_upload_segment_hover_and_redraw(self, tab, photo, tmp_path):
+        scene = Image.new("RGB", (photo.width, 2 * photo.height), (120, 170, 235))
+        scene.paste(photo, (0, photo.height))
+        photo_file = tmp_path / "scene.jpg"
+        scene.save(photo_file)
+        tab.set_input_files("#photo input[type=file]", str(photo_file))
+        tab.wait_for_selector("#photo img[src*='scene.jpg']")
+        tab.get_by_role("button", name="Settings").click()
+        tab.locator("#model input").click()
+        tab.get_by_role("option", name="arm-clip-mini").click()
+        words = {"cat", "wall", "<h1>big</h1>", "sky"}
+        tab.fill("#labels textarea", ", ".join(words))
+        tab.click("#segment")
+        tab.wait_for_selector("#viewer .legend button")
+        legend = tab.locator("#viewer .legend button .name").all_inner_texts()
+        assert len(legend) > 1 and set(legend) <= words
+        assert tab.locator("#viewer h1").count() == 0  # a label is text, whatever it holds
+
+        box = tab.locator("#viewer canvas").bounding_box()
+        tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        tip = tab.locator("#viewer .tip").inner_text()
+        assert tip.split(" · ")[0] in legend and 0 <= float(tip.split(" · ")[1]) <= 1
+        tab.mouse.move(5, 5)
+
+        filled = canvas(tab)
+        tab.check("#contours input")
+        tab.wait_for_timeout(500)
+        outlined = canvas(tab)
+        tab.check("#safe input")
+        tab.wait_for_timeout(500)
+        assert len({filled, outlined, canvas(tab)}) == 3
+        tab.locator("#viewer .legend button").first.click()
+        assert tab.locator("#viewer .legend button[aria-pressed=true]").count() == 1
+
+        with tab.expect_download() as download:
+            tab.click("#save-labels")
+        download.value.save_as(tmp_path / "labels.png")
+        with Image.open(photo_file) as photo, Image.open(tmp_path / "labels.png") as labels:
+            assert labels.size == photo.size and labels.mode == "P"
+        tab.get_by_role("tab", name="Score maps").click()
+        tab.wait_for_selector("#scores img")
+
+    def test_nonsense_is_a_message_on_the_page(self, tab):
+        tab.fill("#labels textarea", ",,,")
+        tab.click("#segment")
+        toast = tab.locator("[data-testid=toast-body], .toast-body").first
+        toast.wait_for()
+        assert "label" in toast.inner_text() and "Traceback" not in toast.inner_text()
+
+    def test_methods_side_by_side(self, tab):
+        tab.get_by_role("tab", name="Compare methods").click()
+        tab.click("#compare")
+        tab.wait_for_selector("#compared img")
+        assert "Shared pass" in tab.locator("#times").inner_text()

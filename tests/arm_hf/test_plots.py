@@ -177,8 +177,8 @@ class TestPlots:
 
         axis = confusion_plot(*read_confusion(evaluation, "clearclip")[1:]).axes[0]
         shares = axis.images[0].get_array()
-        np.testing.assert_allclose(shares, [[500 / 9, 0, 100 / 9], [200 / 11, 900 / 11, 0]])  # dog never occurs
-        assert [label.get_text() for label in axis.get_xticklabels()] == ["cat", "sky", "none"]
+        np.testing.assert_allclose(shares, [[500 / 9, 0, 400 / 9], [200 / 11, 900 / 11, 0]])  # dog never occurs
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["cat", "sky", "other"]
         with pytest.raises(ValueError, match="K = 2"):
             confusion_plot(np.zeros((3, 3)), ["a", "b"])
         with pytest.raises(ValueError, match="no class"):
