@@ -239,7 +239,7 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_in_the_middle_of_an_epoch_bit_by_bit(
     precision: str, run_training: Run, flags: list[str], losses: Losses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

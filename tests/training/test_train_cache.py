@@ -49,6 +49,7 @@ def test_cached_features_give_the_same_losses_and_then_clip_is_not_run(
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_cache_is_used_for_the_same_features_alone(run_training: Run, flags: list[str], tmp_path: Path) -> None:
     data, clip = Path(flags[flags.index("--data") + 1]), Path(flags[flags.index("--clip") + 1])
     cached = [*flags, "--cache-features", "--max-steps", "1", "--overwrite"]
