@@ -116,14 +116,16 @@ class ScaleBlock(nn.Module):
     def _double(self, maps: Tensor) -> Tensor:
         assert self.upsample.bias is not None
         # A 2x2 stride-2 transposed convolution has no overlap: it is one matrix product per pixel, several times
-        # faster on CPU than the generic kernel. Weight (D_in, D_out, 2, 2).
+        # faster on CPU than the generic kernel. Weight (D_in, D_out, 2, 2). Channels stay last in memory, as the
+        # product, the depth-wise convolution and the norm want them.
         if maps.device.type != "cpu":
             return self.upsample(maps)
-        batch, _width, height, columns = maps.shape
-        weight = self.upsample.weight.flatten(1)  # (D, D*2*2)
-        tiles = maps.flatten(2).transpose(1, 2) @ weight  # (B, h*w, D*4)
-        tiles = tiles.view(batch, height, columns, -1, 2, 2) + self.upsample.bias[:, None, None]
-        return tiles.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, 2 * height, 2 * columns)
+        batch, width, height, columns = maps.shape
+        weight = self.upsample.weight.permute(0, 2, 3, 1).reshape(width, -1)  # (D, 2*2*D)
+        pixels = maps.permute(0, 2, 3, 1).reshape(-1, width)  # (B*h*w, D)
+        tiles = torch.addmm(self.upsample.bias.repeat(4), pixels, weight)
+        tiles = tiles.view(batch, height, columns, 2, 2, -1).transpose(2, 3)  # (B, h, 2, w, 2, D)
+        return tiles.reshape(batch, 2 * height, 2 * columns, -1).permute(0, 3, 1, 2)
 
 
 class IntermediateFusion(nn.Module):
