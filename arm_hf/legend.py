@@ -63,7 +63,7 @@ def add_legend(picture: Image.Image, found: list[Segment], shares: bool = True) 
         most = min(MOST_ENTRIES, max(8, (picture.height - 2 * pad) // row))
     shown = found if len(found) <= most else found[: most - 1]
     entries: list[tuple[Color | None, str, str]] = [
-        (segment.color, segment.label, _percent(segment.share)) for segment in shown
+        (segment.color, segment.label, _percent(segment.share) if shares else "") for segment in shown
     ]
     if len(shown) < len(found):
         rest = found[len(shown) :]
