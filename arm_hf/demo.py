@@ -67,8 +67,8 @@ def _drawing() -> Image.Image:
 # The first of each row that can be read is used.
 PHOTOS: tuple[tuple[DemoPhoto, ...], ...] = (
     (
-        DemoPhoto("temple", "temple, tree, sky", lambda: _shared("china_temple.jpg")),
-        DemoPhoto("temple", "temple, tree, sky", _temple),
+        DemoPhoto("temple", "temple=building, tree, sky", lambda: _shared("china_temple.jpg")),
+        DemoPhoto("temple", "temple=building, tree, sky", _temple),
         DemoPhoto("scene", "sky, grass, road", _drawing),
     ),
     (

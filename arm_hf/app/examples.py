@@ -41,7 +41,7 @@ def _scene() -> Image.Image:
 # Chelsea the cat and the coffee: CC0; astronaut: NASA, public domain; temple (danielbuechele) and flower (vultilion) on
 # Flickr: CC BY 2.0.
 _PHOTOS: tuple[tuple[str, str, Callable[[], Image.Image]], ...] = (
-    ("temple", "temple, tree, sky", _from_sklearn("china.jpg")),
+    ("temple", "temple=building, tree, sky", _from_sklearn("china.jpg")),
     ("cat", "cat, wall", _from_skimage("chelsea")),
     ("coffee", "cup, table", _from_skimage("coffee")),
     ("astronaut", "person=woman|astronaut, wall", _from_skimage("astronaut")),
