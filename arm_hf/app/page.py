@@ -146,7 +146,7 @@ def build_page(workshop: Workshop, folder: Path) -> gr.Blocks:
                     compared = _sheet("compared")
                     times = gr.Markdown(elem_id="times")
 
-        shown.click(lambda index: examples[index], shown, [photo, labels], queue=False, api_name=False)
+        shown.click(lambda index: examples[index], shown, [photo, labels], queue=False, api_visibility="private")
         asked = [photo, labels, background, model, method, use_arm, compensation, size]
         style = [opacity, contours, safe]
         files = [save_picture, save_labels, save_json]
@@ -174,7 +174,7 @@ def build_page(workshop: Workshop, folder: Path) -> gr.Blocks:
                 _answering(lambda *fields: _draw_again(folder, *fields)),
                 [last, *style],
                 [save_picture, save_labels],
-                api_name=False,
+                api_visibility="private",
                 concurrency_id="drawing",
                 concurrency_limit=2,
                 show_progress="hidden",
