@@ -39,10 +39,11 @@ PLOTS = ["matplotlib>=3.11"]
 DATA = ["scipy>=1.17"]
 DEMO = ["scikit-image>=0.26", "scikit-learn>=1.9"]
 EXTRAS_REQUIRE = {
-    "app": ["gradio>=5.0"],
+    "app": ["gradio>=6.31", *DEMO],
     "data": DATA,
     "onnx": ONNX,
     "plots": PLOTS,
+    "trackers": ["tensorboard>=2.20"],
     "mini": MINI,
     "demo": DEMO,
     "dev": [
