@@ -17,7 +17,7 @@ from arm_hf.commands.app import app as app_command
 from arm_hf.commands.benchmark import benchmark
 from arm_hf.commands.card import card
 from arm_hf.commands.coherence import coherence
-from arm_hf.commands.common import ExitCode, fail
+from arm_hf.commands.common import ExitCode, fail, interrupts
 from arm_hf.commands.compare import compare
 from arm_hf.commands.data import data
 from arm_hf.commands.evaluate import evaluate, protocols
@@ -76,6 +76,7 @@ app.add_typer(plot)
 
 def main() -> None:
     """Run the command line; the console script `arm-hf` and `python -m arm_hf.cli` call this."""
+    interrupts.watch()
     try:
         code = app(standalone_mode=False, prog_name="arm-hf")
         sys.stdout.flush()

@@ -12,7 +12,7 @@ import typer
 
 from arm_hf import DEFAULT_MODEL
 
-from .common import ExitCode, one_line_errors, quiet_libraries
+from .common import ExitCode, interrupts, one_line_errors, quiet_libraries
 
 # With more pictures than this a progress bar takes the place of the tables.
 _FEW_PICTURES = 5
@@ -238,6 +238,7 @@ def _report(results: Generator[Any], manifest: Any, total: int | None) -> int:
     with closing(results), bar:
         for result in results:
             manifest.note(result)
+            interrupts.check()
             # What was done before counts towards the end but not towards the speed.
             bar.initial = manifest.num_kept
             bar.update(written + len(skipped) + 1 + manifest.num_kept - bar.n)

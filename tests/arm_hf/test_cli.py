@@ -240,6 +240,30 @@ def test_segment_a_folder(arm, album, tiny_clip_folder, tmp_path, photo):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ there")
+def test_an_interrupt_that_a_finaliser_swallows_is_raised_again(run_python):
+    code = """
+import os, signal, sys, time
+from arm_hf.commands.common import interrupts
+
+class Finalised:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # Python runs the handler here, and drops what it raises
+
+sys.unraisablehook = lambda what: print("dropped", what.exc_type.__name__)
+interrupts.watch()
+interrupts.check()
+thing = Finalised()
+del thing
+try:
+    interrupts.check()
+except KeyboardInterrupt:
+    print("raised again")
+"""
+    assert run_python(code).split("\n")[:2] == ["dropped KeyboardInterrupt", "raised again"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ there")
 def test_an_interrupt_leaves_whole_files_and_one_line(environment, tiny_clip_folder, tmp_path, photo):
     folder, out = tmp_path / "many", tmp_path / "out"
     folder.mkdir()
