@@ -250,6 +250,7 @@ class Finalised:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.5)  # Python runs the handler here, and drops what it raises
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
 sys.unraisablehook = lambda what: print("dropped", what.exc_type.__name__)
 interrupts.watch()
 interrupts.check()
@@ -278,6 +279,7 @@ def test_an_interrupt_leaves_whole_files_and_one_line(environment, tiny_clip_fol
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     try:
         deadline = time.monotonic() + 120
