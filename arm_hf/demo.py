@@ -11,12 +11,12 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from arm_hf.sample_photos import Reader, drawn_scene, from_skimage, from_sklearn
 
 SHARED_PHOTOS = Path(os.environ.get("ARM_HF_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "photos"
 
@@ -33,7 +33,7 @@ class DemoPhoto:
 
     name: str
     labels: str
-    read: Callable[[], Image.Image]
+    read: Reader
 
 
 def _shared(name: str) -> Image.Image:
@@ -41,39 +41,16 @@ def _shared(name: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def _chelsea() -> Image.Image:
-    from skimage.data import chelsea
-
-    return Image.fromarray(chelsea())
-
-
-def _temple() -> Image.Image:
-    from sklearn.datasets import load_sample_image
-
-    return Image.fromarray(load_sample_image("china.jpg"))
-
-
-def _drawing() -> Image.Image:
-    height, width = 320, 480
-    shade = np.linspace(0, 60, height)[:, None]
-    sky = np.stack([120 + shade, 170 + shade, 235 + 0 * shade], axis=-1) + np.zeros((height, width, 1))
-    picture = Image.fromarray(sky.astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
-    pen.rectangle((0, 220, width, height), fill=(82, 140, 60))
-    pen.polygon([(150, 320), (330, 320), (260, 220), (220, 220)], fill=(110, 108, 105))
-    return picture
-
-
 # The first of each row that can be read is used.
 PHOTOS: tuple[tuple[DemoPhoto, ...], ...] = (
     (
         DemoPhoto("temple", "temple=building, tree, sky", lambda: _shared("china_temple.jpg")),
-        DemoPhoto("temple", "temple=building, tree, sky", _temple),
-        DemoPhoto("scene", "sky, grass, road", _drawing),
+        DemoPhoto("temple", "temple=building, tree, sky", from_sklearn("china.jpg")),
+        DemoPhoto("scene", "sky, grass, road", drawn_scene),
     ),
     (
         DemoPhoto("dog", "dog, grass, tree", lambda: _shared("dog_frisbee.jpg")),
-        DemoPhoto("cat", "cat, wall", _chelsea),
+        DemoPhoto("cat", "cat, wall", from_skimage("chelsea")),
     ),
 )
 
