@@ -13,13 +13,28 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
+
+
+class BlockNames(NamedTuple):
+    """What a checkpoint calls the parts of a block; `parts` in the order of `LAYER_PARTS`."""
+
+    qkv_weight: str
+    qkv_bias: str
+    parts: tuple[str, ...]
+
+
+LAYER_PARTS = ("layer_norm1", "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2")
+OPEN_CLIP_BLOCK = BlockNames(
+    "attn.in_proj_weight", "attn.in_proj_bias", ("ln_1", "attn.out_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+)
+TIMM_BLOCK = BlockNames("attn.qkv.weight", "attn.qkv.bias", ("norm1", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"))
 
 _VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
 _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
@@ -163,17 +178,7 @@ def _from_open_clip(state: Mapping[str, Tensor], config: CLIPConfig) -> dict[str
         ("vision_model", vision, config.vision_config.num_hidden_layers),
         ("text_model", state, config.text_config.num_hidden_layers),
     ):
-        for index in range(depth):
-            here, there = f"{tower}.encoder.layers.{index}", f"transformer.resblocks.{index}"
-            out |= _split_heads(source, f"{there}.attn.in_proj_weight", f"{there}.attn.in_proj_bias", here)
-            for ours, theirs in (
-                ("layer_norm1", "ln_1"),
-                ("self_attn.out_proj", "attn.out_proj"),
-                ("layer_norm2", "ln_2"),
-                ("mlp.fc1", "mlp.c_fc"),
-                ("mlp.fc2", "mlp.c_proj"),
-            ):
-                out |= _renamed(source, f"{there}.{theirs}", f"{here}.{ours}")
+        out |= _renamed_blocks(source, "transformer.resblocks", OPEN_CLIP_BLOCK, tower, depth)
     return out
 
 
@@ -215,17 +220,7 @@ def vision_from_timm(tower: nn.Module) -> CLIPVisionModelWithProjection:
         **_renamed(state, "norm_pre", "vision_model.pre_layrnorm"),
         **_renamed(state, "norm", "vision_model.post_layernorm"),
     }
-    for index in range(len(blocks)):
-        here, there = f"vision_model.encoder.layers.{index}", f"blocks.{index}"
-        out |= _split_heads(state, f"{there}.attn.qkv.weight", f"{there}.attn.qkv.bias", here)
-        for ours, theirs in (
-            ("layer_norm1", "norm1"),
-            ("self_attn.out_proj", "attn.proj"),
-            ("layer_norm2", "norm2"),
-            ("mlp.fc1", "mlp.fc1"),
-            ("mlp.fc2", "mlp.fc2"),
-        ):
-            out |= _renamed(state, f"{there}.{theirs}", f"{here}.{ours}")
+    out |= _renamed_blocks(state, "blocks", TIMM_BLOCK, "vision_model", len(blocks))
     return _filled(CLIPVisionModelWithProjection, config, out)
 
 
@@ -272,6 +267,19 @@ def _name(tower: nn.Module) -> str:
 
 def _renamed(state: Mapping[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
     return {f"{ours}.{kind}": state[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+
+
+def _renamed_blocks(
+    state: Mapping[str, Tensor], theirs: str, names: BlockNames, tower: str, depth: int
+) -> dict[str, Tensor]:
+    """The blocks `theirs.0`, `theirs.1`, ... as the layers of a tower of transformers."""
+    out: dict[str, Tensor] = {}
+    for index in range(depth):
+        here, there = f"{tower}.encoder.layers.{index}", f"{theirs}.{index}"
+        out |= _split_heads(state, f"{there}.{names.qkv_weight}", f"{there}.{names.qkv_bias}", here)
+        for ours, name in zip(LAYER_PARTS, names.parts, strict=True):
+            out |= _renamed(state, f"{there}.{name}", f"{here}.{ours}")
+    return out
 
 
 def _split_heads(state: Mapping[str, Tensor], weight: str, bias: str, layer: str) -> dict[str, Tensor]:
