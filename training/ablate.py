@@ -173,6 +173,23 @@ def evaluate_model(
     return found
 
 
+def evaluate_alone(
+    clip: str, hosts: Sequence[str], sets: Sequence[TestSet], data: Path, folder: Path, limit: int | None
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Figures of the hosts without ARM, in one pass; those that an earlier experiment has measured are read."""
+    measured = {host: part for part in sorted(folder.glob("*")) for host in part.name.split("+")}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for chosen in sets:
+        missing = [h for h in hosts if h not in measured or not (measured[h] / f"{chosen.name}.json").exists()]
+        parts = {measured[host] for host in hosts if host not in missing}
+        if missing:
+            parts.add(folder / "+".join(missing))
+        for part in sorted(parts):
+            rows = evaluate_model(clip, part.name.split("+"), [chosen], data, "off", part, limit)[chosen.name]
+            found.setdefault(chosen.name, {}).update(rows)
+    return found
+
+
 def run_experiment(
     name: str, recipe: TrainingOptions, seeds: Sequence[int], data: Path, work: Path, limit: int | None = None
 ) -> list[dict[str, Any]]:
@@ -180,11 +197,7 @@ def run_experiment(
     records = []
     for variant in EXPERIMENTS[name]:
         sets = [chosen for chosen in SETS if chosen.name in variant.sets and (data / chosen.folder).is_dir()]
-        alone: dict[str, dict[str, Any]] = {}
-        for host in variant.hosts:  # a file for each, so that experiments share them
-            part = evaluate_model(recipe.clip, [host], sets, data, "off", work / ALONE / host, limit)
-            for each, rows in part.items():
-                alone.setdefault(each, {}).update(rows)
+        alone = evaluate_alone(recipe.clip, variant.hosts, sets, data, work / ALONE, limit)
         for seed in seeds:
             folder = work / name / f"{variant.name.replace(' ', '_').replace('/', '-')}-seed{seed}"
             model = train_variant(variant, seed, recipe, folder)
