@@ -11,7 +11,9 @@ import pytest
 TOP_LEVEL = {
     ".ci",
     ".gitignore",
+    "CHANGELOG.md",
     "CITATION.cff",
+    "CONTRIBUTING.md",
     "LICENSE",
     "Makefile",
     "README.md",
