@@ -44,7 +44,12 @@ class RefinementAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, states: Tensor, memory: Tensor) -> Tensor:
-        """Attend from `states` (B, N, D) over `memory` (B, M, D)."""
+        """Attend from `states` (B, N, D) over `memory` (B, M, D).
+
+        Args:
+            states: Queries, (B, N, D).
+            memory: Keys and values, (B, M, D).
+        """
         query = split_heads(self.q_proj(states), self.num_heads)
         key = split_heads(self.k_proj(memory), self.num_heads)
         value = split_heads(self.v_proj(memory), self.num_heads)
@@ -76,7 +81,12 @@ class RefinementBlock(GradientCheckpointingLayer):
         self.ffn: Any = FeedForward(width, int(width * config.ffn_ratio)) if config.ffn_ratio else None
 
     def forward(self, states: Tensor, memory: Tensor | None = None) -> Tensor:
-        """Refine `states` (B, N, D), looking at `memory` (B, M, D) or at themselves."""
+        """Refine `states` (B, N, D), looking at `memory` (B, M, D) or at themselves.
+
+        Args:
+            states: What is refined, (B, N, D).
+            memory: What it looks at, (B, M, D); None is `states`.
+        """
         normed = self.attention_norm(states)
         states = states + self.dropout(self.attention(normed, normed if memory is None else memory))
         if self.ffn is not None:
@@ -191,12 +201,22 @@ class AttentionRefinementModule(nn.Module):
 
 
 def refinement_map(refinement_features: Tensor, class_embeddings: Tensor) -> Tensor:
-    """M_r = E_t R_v (Eq. 4): (B, D, H', W') and (Q, D) -> (B, Q, H', W')."""
+    """M_r = E_t R_v (Eq. 4): (B, D, H', W') and (Q, D) -> (B, Q, H', W').
+
+    Args:
+        refinement_features: R_v, (B, D, H', W').
+        class_embeddings: E_t, (Q, D).
+    """
     return torch.einsum("bdhw,qd->bqhw", refinement_features, class_embeddings.to(refinement_features.dtype))
 
 
 def fuse(coarse: Tensor, refinement: Tensor) -> Tensor:
-    """M_f = M_c + M_r (Eq. 5), M_c resized bilinearly to the resolution of M_r."""
+    """M_f = M_c + M_r (Eq. 5), M_c resized bilinearly to the resolution of M_r.
+
+    Args:
+        coarse: M_c, (B, Q, h, w).
+        refinement: M_r, (B, Q, H', W').
+    """
     if coarse.shape[-2:] != refinement.shape[-2:]:
         coarse = F.interpolate(coarse, size=refinement.shape[-2:], mode="bilinear", align_corners=False)
     return coarse + refinement

@@ -15,7 +15,12 @@ from torch.nn import functional as F
 
 
 def split_heads(states: Tensor, num_heads: int) -> Tensor:
-    """Split the channels into heads: (B, L, W) -> (B, heads, L, W / heads)."""
+    """Split the channels into heads: (B, L, W) -> (B, heads, L, W / heads).
+
+    Args:
+        states: (B, L, W).
+        num_heads: Must divide W.
+    """
     return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
@@ -41,14 +46,29 @@ def project_heads(block: Any, hidden: Tensor, names: str) -> tuple[Tensor, ...]:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Softmax(scale * query key^T + bias) value without materialising the map, (B, heads, L, d)."""
+    """Softmax(scale * query key^T + bias) value without materialising the map, (B, heads, L, d).
+
+    Args:
+        query: (B, heads, L, d).
+        key: (B, heads, M, d).
+        value: (B, heads, M, d).
+        scale: Factor on the products.
+        bias: Added to them, of a shape that broadcasts to (B, heads, L, M).
+    """
     if bias is not None:
         bias = bias.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
 def attention_map(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Softmax(scale * query key^T + bias), (B, heads, L, L); the softmax runs in float32."""
+    """Softmax(scale * query key^T + bias), (B, heads, L, L); the softmax runs in float32.
+
+    Args:
+        query: (B, heads, L, d).
+        key: (B, heads, M, d).
+        scale: Factor on the products.
+        bias: Added to them.
+    """
     scores = (query * scale) @ key.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias

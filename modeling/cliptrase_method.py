@@ -72,6 +72,11 @@ def denoise(weights: Tensor) -> Tensor:
 def dbscan(rows: Tensor, eps: float, min_samples: int) -> Tensor:
     """Cluster of each row of (N, N), -1 for noise; euclidean distance.
 
+    Args:
+        rows: One point each, (N, N).
+        eps: Radius of a neighbourhood.
+        min_samples: Points in that of a core point, itself included.
+
     Raises:
         ImportError: scikit-learn is missing.
     """

@@ -169,7 +169,12 @@ def density_connected(similar: Tensor, min_samples: int) -> Tensor:
 
 @torch.no_grad()
 def relation(similar: Tensor, settings: CraDsiSettings) -> Tensor:
-    """Pairs of patches that G relates, (B, N, N) bool, from pairs similar enough."""
+    """Pairs of patches that G relates, (B, N, N) bool, from pairs similar enough.
+
+    Args:
+        similar: Which pairs are similar enough, (B, N, N) bool.
+        settings: Its `relation` and `min_samples`.
+    """
     if settings.relation == "reachable":
         return density_connected(similar, settings.min_samples)
     others = (similar & ~torch.eye(similar.shape[-1], dtype=torch.bool, device=similar.device)).float()
@@ -204,7 +209,13 @@ def cra_attention(keys: Tensor, values: Tensor, settings: CraDsiSettings) -> Ten
 
 
 def regenerate(block: Any, state: Tensor, norm: bool = True) -> Tensor:
-    """x~ = x + FFN(x): a block's output without its attention (Eq. 4), (B, L, W) -> (B, L, W)."""
+    """x~ = x + FFN(x): a block's output without its attention (Eq. 4), (B, L, W) -> (B, L, W).
+
+    Args:
+        block: A CLIP encoder layer.
+        state: Its input, (B, L, W).
+        norm: Normalise before the feed-forward layer.
+    """
     return state + block.mlp(block.layer_norm2(state) if norm else state)
 
 

@@ -51,7 +51,12 @@ class QueryMaps:
         return self.coarse.shape[1]
 
     def chunk(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """M_f = M_c + E_t R_v of queries start..stop, (B, q, H', W')."""
+        """M_f = M_c + E_t R_v of queries start..stop, (B, q, H', W').
+
+        Args:
+            start: First query.
+            stop: One past the last; None takes all.
+        """
         coarse = self.coarse[:, start:stop]
         if self.refinement_features is None:
             return coarse
@@ -102,6 +107,11 @@ def window_boxes(size: tuple[int, int], window: int | None, stride: int | None) 
     The rule is that of the reference code: max(L - window + stride - 1, 0) // stride + 1 windows per axis; the last one
     is shifted back to end at the border; an axis shorter than the window is covered by one box of its own length.
 
+    Args:
+        size: Height and width of the image.
+        window: Side of a window in pixels; None is the whole image.
+        stride: Step in pixels; half a window by default.
+
     Raises:
         ValueError: The window is not positive, or the stride is not in 1..window (pixels would be left out).
     """
@@ -128,7 +138,12 @@ def window_boxes(size: tuple[int, int], window: int | None, stride: int | None) 
 
 
 def background_queries(class_of_query: Sequence[int] | None, background_index: int | None) -> tuple[int, ...]:
-    """Queries that belong to the background class; none without a background class."""
+    """Queries that belong to the background class; none without a background class.
+
+    Args:
+        class_of_query: Class index of each query.
+        background_index: Index of the background class, or None.
+    """
     if class_of_query is None or background_index is None:
         return ()
     return tuple(query for query, index in enumerate(class_of_query) if index == background_index)

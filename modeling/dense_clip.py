@@ -94,7 +94,13 @@ class DenseCLIP:
         return self.tower.logit_scale
 
     def run_trunk(self, pixel_values: Tensor, request: TrunkRequest | None = None, **kwargs: Any) -> TrunkOutput:
-        """One pass through blocks 1..n-1; `request` may be the union of several methods' requests."""
+        """One pass through blocks 1..n-1; `request` may be the union of several methods' requests.
+
+        Args:
+            pixel_values: Normalised images, (B, 3, H, W).
+            request: What to keep; may be the union of several methods' requests.
+            kwargs: Other arguments of `VisionTower.run`.
+        """
         return self.tower.run(pixel_values, request, odd_sizes=self.odd_sizes, **kwargs)
 
     def features(
@@ -145,7 +151,14 @@ class DenseCLIP:
     def shared_trunk(
         self, pixel_values: Tensor, rule: str, members: Sequence[Member], hidden_states: Sequence[int] = ()
     ) -> TrunkOutput:
-        """One trunk pass that keeps what any of the members requests."""
+        """One trunk pass that keeps what any of the members requests.
+
+        Args:
+            pixel_values: Normalised images, (B, 3, H, W).
+            rule: How the position table is resized.
+            members: Methods with this rule.
+            hidden_states: Further states to keep.
+        """
         request = TrunkRequest(tuple(hidden_states), position_rule=rule)
         for *_, wanted in members:
             request = request.merge(wanted)
@@ -160,7 +173,16 @@ class DenseCLIP:
         background_queries: Sequence[int] = (),
         outside: Mapping[str, Any] | None = None,
     ) -> DenseFeatures:
-        """A method's patch features from a trunk pass that kept what the method requests."""
+        """A method's patch features from a trunk pass that kept what the method requests.
+
+        Args:
+            method: The method.
+            settings: Its settings.
+            trunk: A pass that kept what it requests.
+            class_embeddings: The words, (Q, D), for methods that need them.
+            background_queries: Rows of these that describe the background.
+            outside: Features and maps of other models.
+        """
         if method.needs_words(settings) and class_embeddings is None:
             raise ValueError(f"method {method.name!r} needs class_embeddings: its features depend on the words")
         context = MethodContext(self.tower, trunk, class_embeddings, tuple(background_queries), outside or {})
@@ -170,7 +192,12 @@ class DenseCLIP:
         return DenseFeatures(patch_features, trunk, method, settings, context)
 
     def score_map(self, features: DenseFeatures, class_embeddings: Tensor) -> ScoreMap:
-        """Scores of a method: its own, or the cosine of patch features and class embeddings, (B, Q, h, w)."""
+        """Scores of a method: its own, or the cosine of patch features and class embeddings, (B, Q, h, w).
+
+        Args:
+            features: From `features` or `apply`.
+            class_embeddings: L2-normalised, (Q, D).
+        """
         own = features.method.score_map(features.context, features.settings, features.patch_features)
         if own is not None:
             return own
@@ -208,7 +235,13 @@ class DenseCLIP:
         return self.maps_of(features, class_embeddings, logit_scale)
 
     def maps_of(self, features: DenseFeatures, class_embeddings: Tensor, logit_scale: float | None = None) -> QueryMaps:
-        """Scores from features that were computed before, ready for `decide`."""
+        """Scores from features that were computed before, ready for `decide`.
+
+        Args:
+            features: From `features` or `apply`.
+            class_embeddings: L2-normalised, (Q, D).
+            logit_scale: Factor on the cosines in place of the method's.
+        """
         scores = self.score_map(features, class_embeddings)
         scale = scores.scale if logit_scale is None else logit_scale
         trunk = features.trunk
@@ -221,6 +254,11 @@ class DenseCLIP:
         """Label maps of a batch of images; see `segment_images` for window, size and background arguments.
 
         `method`, `method_options` and `logit_scale` go to `query_maps`.
+
+        Args:
+            pixel_values: Normalised images, (B, 3, H, W).
+            class_embeddings: L2-normalised, (Q, D).
+            kwargs: Arguments of `query_maps` and of `segment_images`.
         """
         names = ("method", "method_options", "logit_scale")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}

@@ -95,7 +95,13 @@ class ClipSurgerySettings(DualPathSettings):
 
 
 def block_heads(context: MethodContext, blocks: range, last: str) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Projections of the given blocks: q, k, v of all but the last block, of that one only the roles in `last`."""
+    """Projections of the given blocks: q, k, v of all but the last block, of that one only the roles in `last`.
+
+    Args:
+        context: Tower and trunk.
+        blocks: Indices from 0.
+        last: Letters of the roles wanted of the last block.
+    """
     for index in blocks:
         if index in context.trunk.heads:
             yield index, context.trunk.heads[index]
@@ -104,13 +110,24 @@ def block_heads(context: MethodContext, blocks: range, last: str) -> Iterator[tu
 
 
 def cosines(patch_features: Tensor, words: Tensor) -> Tensor:
-    """Cosine of patch features (B, h, w, D) and words (Q, D), (B, Q, h, w)."""
+    """Cosine of patch features (B, h, w, D) and words (Q, D), (B, Q, h, w).
+
+    Args:
+        patch_features: (B, h, w, D).
+        words: Unit vectors, (Q, D).
+    """
     patches = F.normalize(patch_features, dim=-1)
     return (patches @ F.normalize(words.to(patches.dtype), dim=-1).T).permute(0, 3, 1, 2)
 
 
 def stretch(values: Tensor, low: Tensor, high: Tensor) -> ScoreMap:
-    """Map low..high, each (B, Q, 1, 1), to 0..1."""
+    """Map low..high, each (B, Q, 1, 1), to 0..1.
+
+    Args:
+        values: (B, Q, h, w).
+        low: What becomes 0, (B, Q, 1, 1).
+        high: What becomes 1, (B, Q, 1, 1).
+    """
     return ScoreMap((values - low) / (high - low).clamp_min(1e-12), "none", 1.0)
 
 
@@ -120,7 +137,12 @@ def spatial_range(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def upsampled_range(values: Tensor, trunk: TrunkOutput) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum over pixels of bilinearly upsampled maps (B, Q, h, w), each (B, Q, 1, 1)."""
+    """Minimum and maximum over pixels of bilinearly upsampled maps (B, Q, h, w), each (B, Q, 1, 1).
+
+    Args:
+        values: (B, Q, h, w).
+        trunk: Says how large the image is.
+    """
     height, width = trunk.padded_size
     step = max(1, MAX_CHUNK_VALUES // (height * width * len(values)))
     ranges = []
@@ -179,7 +201,13 @@ class Gem(Method):
         return TrunkRequest(kept, heads=tuple(blocks[:-1]), position_rule=settings.position_rule)
 
     def temperature(self, context: MethodContext, settings: GemSettings, index: int) -> Tensor | float:
-        """tau of a block: the setting, or the mean norm of ln_1(x) over an image's tokens times d^-0.5, (B,)."""
+        """tau of a block: the setting, or the mean norm of ln_1(x) over an image's tokens times d^-0.5, (B,).
+
+        Args:
+            context: Tower and trunk.
+            settings: Its `temperature`.
+            index: Of the block, from 0.
+        """
         if settings.temperature is not None:
             return settings.temperature
         block = context.tower.blocks[index]
@@ -233,7 +261,13 @@ class ClipSurgery(Method):
 
     @staticmethod
     def image_embedding(context: MethodContext, key: Tensor, value: Tensor) -> Tensor:
-        """CLIP's own image vector from the last block run for the CLS token alone, (B, D)."""
+        """CLIP's own image vector from the last block run for the CLS token alone, (B, D).
+
+        Args:
+            context: Tower and trunk.
+            key: Of the last block, (B, heads, L, d).
+            value: Of the last block, (B, heads, L, d).
+        """
         block, cls = context.tower.last_block, context.trunk.last_input[:, :1]
         (query,) = project_heads(block, cls, "q")
         cls = cls + block.self_attn.out_proj(merge_heads(attend(query, key, value, block.self_attn.scale)))
@@ -264,7 +298,12 @@ class ClipSurgery(Method):
 
     @staticmethod
     def redundant_cosine(context: MethodContext, patch_features: Tensor) -> Tensor:
-        """f . r, (B, 1, h, w); r is used as it is given, as in the code, which does not normalise the mean."""
+        """f . r, (B, 1, h, w); r is used as it is given, as in the code, which does not normalise the mean.
+
+        Args:
+            context: Supplies `outside["redundant_text"]`.
+            patch_features: (B, h, w, D).
+        """
         redundant = context.outside.get("redundant_text")
         width = patch_features.shape[-1]
         if redundant is None or redundant.numel() != width:

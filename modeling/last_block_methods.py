@@ -102,6 +102,11 @@ def gaussian_bias(grid: tuple[int, int], std: float, device: torch.device | None
     """NACLIP's additive neighbourhood term with zero rows and columns for CLS, (L, L), peak 1, not normalised.
 
     G[i, j] = exp(-((y_i - y_j)^2 + (x_i - x_j)^2) / (2 std^2)) over the whole grid, distances in patches.
+
+    Args:
+        grid: Patches per column and row, (h, w).
+        std: In patches.
+        device: Of the result.
     """
     height, width = grid
     rows, columns = torch.arange(height, device=device).float(), torch.arange(width, device=device).float()

@@ -8,7 +8,13 @@ from torch.nn import functional as F
 
 
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raise ValueError when a label map holds a value that is neither a class nor `ignore_index`."""
+    """Raise ValueError when a label map holds a value that is neither a class nor `ignore_index`.
+
+    Args:
+        labels: Label maps of any shape.
+        num_classes: Labels from 0 to this, less one, are classes.
+        ignore_index: The only other value allowed.
+    """
     if labels.is_floating_point() or labels.ndim != 3:
         raise ValueError(f"labels must be integers of shape (B, H, W), got {labels.dtype} {tuple(labels.shape)}")
     wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= num_classes))]

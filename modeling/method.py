@@ -32,7 +32,12 @@ from .trunk import TrunkOutput, TrunkRequest, VisionTower
 
 
 def setting(default: Any, help: str) -> Any:
-    """A settings field whose help text serves the command line, the docs and the error messages."""
+    """A settings field whose help text serves the command line, the docs and the error messages.
+
+    Args:
+        default: Its default.
+        help: One line; what a value does, and where the default is from.
+    """
     return field(default=default, metadata={"help": help})
 
 
@@ -140,11 +145,20 @@ class Method:
         return self.needs_class_embeddings
 
     def request(self, settings: Any, num_blocks: int) -> TrunkRequest:
-        """What the trunk must keep for this method in a tower of `num_blocks` blocks."""
+        """What the trunk must keep for this method in a tower of `num_blocks` blocks.
+
+        Args:
+            settings: Of this method.
+            num_blocks: n, the number of the tower's blocks; the trunk runs n - 1.
+        """
         return TrunkRequest(position_rule=settings.position_rule)
 
     def patch_features(self, context: MethodContext, settings: Any) -> Tensor:
         """Patch features after post-norm and projection, not normalised.
+
+        Args:
+            context: All that the method may read.
+            settings: Of this method.
 
         Returns:
             (B, N, D) on the trunk's grid, or (B, h, w, D) on a grid of the method's own.
@@ -152,7 +166,13 @@ class Method:
         raise TypeError(f"method {self.name!r} does not define patch_features")
 
     def score_map(self, context: MethodContext, settings: Any, patch_features: Tensor) -> ScoreMap | None:
-        """The method's own scores from its features (B, h, w, D); None means cosine similarity with the queries."""
+        """The method's own scores from its features (B, h, w, D); None means cosine similarity with the queries.
+
+        Args:
+            context: What `patch_features` was given, with what it left in `scratch`.
+            settings: Of this method.
+            patch_features: (B, h, w, D).
+        """
         return None
 
     def settings(self, options: Mapping[str, Any] | None = None) -> Any:

@@ -143,6 +143,11 @@ class ARMModel(PreTrainedModel):
 
         All arguments of `PreTrainedModel.from_pretrained` are understood. Weights are read from safetensors only.
 
+        Args:
+            pretrained_model_name_or_path: Hub id or folder; None with a `state_dict`.
+            model_args: Handed to the class.
+            kwargs: Those of `PreTrainedModel.from_pretrained`, and fields of `ARMConfig` to change.
+
         Raises:
             OSError: The checkpoint, or the CLIP that a lean checkpoint refers to, cannot be found.
             ValueError: The checkpoint lacks weights (nothing is ever left random), or shapes do not fit.
@@ -295,7 +300,12 @@ class ARMModel(PreTrainedModel):
         return DenseCLIP(self.clip, self.config.odd_sizes)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Class embeddings (Q, D) of prompts (Q, T), or of P prompts per query (Q, P, T)."""
+        """Class embeddings (Q, D) of prompts (Q, T), or of P prompts per query (Q, P, T).
+
+        Args:
+            input_ids: Token ids, (Q, T) or (Q, P, T).
+            attention_mask: Of the same shape.
+        """
         self._require_tower()
         with torch.no_grad():
             return encode_prompts(self.clip, input_ids, attention_mask)
@@ -339,6 +349,11 @@ class ARMModel(PreTrainedModel):
 
         tau is `logit_scale`, else `config.coarse_scale`, else CLIP's temperature; it is not the host's factor. A host
         with scores of its own (several layers fused, for example) contributes those.
+
+        Args:
+            features: Of the host.
+            class_embeddings: E_t, L2-normalised, (Q, D).
+            logit_scale: tau in place of the config's and CLIP's.
         """
         scores = self.dense.score_map(features, class_embeddings)
         as_logits = self.config.coarse_form == "logits"
@@ -464,7 +479,13 @@ class ARMModel(PreTrainedModel):
         return self.maps_of(features, class_embeddings, logit_scale)
 
     def maps_of(self, features: DenseFeatures, class_embeddings: Tensor, logit_scale: float | None = None) -> QueryMaps:
-        """Scores with ARM from a host's features (which kept the hidden states of the fusion layers)."""
+        """Scores with ARM from a host's features (which kept the hidden states of the fusion layers).
+
+        Args:
+            features: Of the host, with the hidden states of the fusion layers.
+            class_embeddings: E_t, L2-normalised, (Q, D).
+            logit_scale: tau in place of the config's and CLIP's.
+        """
         class_embeddings = self._check_embeddings(class_embeddings)
         coarse = self.coarse_map(features, class_embeddings, logit_scale)
         as_logits = self.config.coarse_form == "logits"

@@ -121,6 +121,10 @@ def whole_regions(outside: Mapping[str, Any] | None, pixel_values: Tensor, index
 def region_maps(context: MethodContext, method: str) -> Tensor:
     """Region per pixel of the padded images, (B, H, W), int64; what was added around an image is a region of its own.
 
+    Args:
+        context: Supplies `outside["regions"]` and the pixels.
+        method: Who asks, for the messages.
+
     Raises:
         ValueError: They are missing, not integers, or not (H, W) or (B, H, W).
     """

@@ -242,7 +242,16 @@ class OpenVocabSegmentationPipeline(Pipeline):
         timeout: float | None = None,
         keep_image: bool = False,
     ) -> dict[str, list]:
-        """Read, resize and normalise one image. Values are one-element lists, so that mixed sizes share a batch."""
+        """Read, resize and normalise one image. Values are one-element lists, so that mixed sizes share a batch.
+
+        Args:
+            image: As for the call.
+            candidate_labels: As for the call.
+            background: As for the call.
+            size: As for the call.
+            timeout: As for the call.
+            keep_image: Keep the image's own pixels for the steps that read them.
+        """
         if isinstance(image, Mapping):
             candidate_labels = image.get("candidate_labels", candidate_labels)
             image = image["image"]

@@ -107,7 +107,12 @@ class ProxyFeatures:
         return cls(AutoModel.from_pretrained(name, **options), kind, **own)
 
     def to(self, *args: Any, **kwargs: Any) -> "ProxyFeatures":
-        """Move the model to a device or a dtype; pixels follow it, features come back to the pixels' device."""
+        """Move the model to a device or a dtype; pixels follow it, features come back to the pixels' device.
+
+        Args:
+            args: Those of `torch.nn.Module.to`.
+            kwargs: Those of `torch.nn.Module.to`.
+        """
         self.model.to(*args, **kwargs)
         return self
 

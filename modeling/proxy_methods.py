@@ -155,7 +155,14 @@ def proxyclip(context: MethodContext, settings: ProxyClipSettings) -> Tensor:
 
 
 def merged_regions(settings: CorrClipSettings, regions: Tensor, grid: tuple[int, int], features: Tensor) -> Tensor:
-    """Regions above 0 with close ones joined, and 0 outside of all regions; (B, H, W) as `regions`."""
+    """Regions above 0 with close ones joined, and 0 outside of all regions; (B, H, W) as `regions`.
+
+    Args:
+        settings: Its `merge_distance` and `unsegmented`.
+        regions: (B, H, W).
+        grid: Patches per column and row.
+        features: Unit features of the other model, (B, N, C).
+    """
     free: Any = settings.unsegmented
     if free is None:
         free = resize_nearest(regions, grid).amin(dim=(1, 2), keepdim=True)
@@ -167,7 +174,13 @@ def merged_regions(settings: CorrClipSettings, regions: Tensor, grid: tuple[int,
 
 
 def scope(settings: CorrClipSettings, features: Tensor, regions: Tensor) -> Keep:
-    """Which patches interact, from the region of each, (B, N), with 0 outside of all regions."""
+    """Which patches interact, from the region of each, (B, N), with 0 outside of all regions.
+
+    Args:
+        settings: Its `unsegmented_scope`.
+        features: Unit features of the patches, (B, N, C).
+        regions: Region of each patch, (B, N).
+    """
     mean, free = mean_similarity(features), regions == 0
 
     def keep(similarity: Tensor, rows: slice) -> Tensor:

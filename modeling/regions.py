@@ -83,7 +83,12 @@ class MaskGenerator:
 
 
 def resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize integer maps (..., H, W) as `F.interpolate(mode="nearest")` does, exact for any id."""
+    """Resize integer maps (..., H, W) as `F.interpolate(mode="nearest")` does, exact for any id.
+
+    Args:
+        maps: Integers, (..., H, W).
+        size: Height and width.
+    """
     for dim, length in zip((-2, -1), size, strict=True):
         if maps.shape[dim] != length:
             places = torch.arange(maps.shape[dim], dtype=torch.float32, device=maps.device)

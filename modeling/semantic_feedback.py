@@ -151,6 +151,12 @@ def smooth(matrix: Tensor, grid: tuple[int, int], std: float, smoothing: str) ->
 
     "raster" runs along the flattened grid, from the end of one row of patches into the next (the code); "map" smooths
     in two dimensions; "none" does nothing.
+
+    Args:
+        matrix: (N, N).
+        grid: Patches per column and row, (h, w).
+        std: In patches.
+        smoothing: "raster" along the flattened rows, "map" in two dimensions, or "none".
     """
     if smoothing == "none":
         return matrix

@@ -65,7 +65,14 @@ class Padding:
 
     @classmethod
     def to_multiple(cls, height: int, width: int, patch_size: int, rule: str = "pad") -> "Padding":
-        """Padding of a height x width image to multiples of `patch_size`, split evenly, an odd one bottom right."""
+        """Padding of a height x width image to multiples of `patch_size`, split evenly, an odd one bottom right.
+
+        Args:
+            height: Of the image.
+            width: Of the image.
+            patch_size: Side of a patch in pixels.
+            rule: One of `ODD_SIZE_RULES`.
+        """
         if rule not in ODD_SIZE_RULES:
             raise ValueError(f"odd_sizes must be one of {ODD_SIZE_RULES}, got {rule!r}")
         if rule == "drop" and min(height, width) >= patch_size:
@@ -188,7 +195,12 @@ class VisionTower:
         return torch.cat([table[:1], patches[0].flatten(1).T.to(table.dtype)])  # (1 + h*w, W)
 
     def embed(self, pixel_values: Tensor, position_rule: str = "reference") -> tuple[Tensor, tuple[int, int]]:
-        """Patch embedding, CLS token, position table and pre-norm: (B, 3, H, W) -> (B, L, W) and the grid."""
+        """Patch embedding, CLS token, position table and pre-norm: (B, 3, H, W) -> (B, L, W) and the grid.
+
+        Args:
+            pixel_values: Whole patches, (B, 3, H, W).
+            position_rule: One of `POSITION_RULES`.
+        """
         convolution = self.embeddings.patch_embedding
         patches = convolution(pixel_values.to(convolution.weight.dtype))  # (B, W, h, w)
         grid = (patches.shape[-2], patches.shape[-1])
@@ -247,7 +259,13 @@ class VisionTower:
 
 
 def check_layers(what: str, indices: Sequence[int], highest: int) -> None:
-    """Raise ValueError when an index is outside 0..highest."""
+    """Raise ValueError when an index is outside 0..highest.
+
+    Args:
+        what: What the indices are of, for the message.
+        indices: What was asked for.
+        highest: The highest index allowed.
+    """
     wrong = [index for index in indices if not 0 <= index <= highest]
     if wrong:
         raise ValueError(f"{what} {wrong} does not exist in this CLIP; allowed are 0 to {highest}")
