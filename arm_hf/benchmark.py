@@ -334,7 +334,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def measure_memory(run: Callable[[], Any], device: str) -> int:
-    """Bytes alive at the peak of a run."""
+    """Bytes alive at the peak of a run.
+
+    Args:
+        run: What is measured; it is called once.
+        device: Where it runs.
+    """
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -437,7 +442,13 @@ def measure(
 
 
 def machine(device: str, dtype: torch.dtype, threads: int | None) -> dict[str, Any]:
-    """What the figures depend on beside the code."""
+    """What the figures depend on beside the code.
+
+    Args:
+        device: Where the candidates ran.
+        dtype: Of the weights.
+        threads: Of torch on the CPU; None is torch's own choice.
+    """
     import transformers
 
     named = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
@@ -481,5 +492,12 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def report(rows: Sequence[Row], left_out: dict[str, str], setting: dict[str, Any], where: dict[str, Any]) -> dict:
-    """Everything, as values for JSON."""
+    """Everything, as values for JSON.
+
+    Args:
+        rows: What was measured.
+        left_out: Reason for each candidate that was not.
+        setting: Model, image and classes.
+        where: Of `machine`.
+    """
     return {"setting": setting, "machine": where, "rows": [asdict(row) for row in rows], "not_measured": left_out}

@@ -86,7 +86,14 @@ def auroc(counts: Tensor) -> float:
 
 
 def patch_label_counts(labels: np.ndarray, dense: DenseCLIP, pixels: Tensor, num_classes: int) -> Tensor:
-    """Pixels of each class in each patch, (N, K), at the size that the network sees; ignored pixels are in none."""
+    """Pixels of each class in each patch, (N, K), at the size that the network sees; ignored pixels are in none.
+
+    Args:
+        labels: Class of each pixel, (H, W).
+        dense: The model, for its patches and padding.
+        pixels: The image as the network sees it, (..., H', W'); only its size is read.
+        num_classes: K.
+    """
     height, width = pixels.shape[-2:]
     patch = dense.tower.patch_size
     resized = Image.fromarray(labels.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST)

@@ -106,7 +106,12 @@ class Processes:
 
 
 def describe_model(pipe: Any, name: str) -> dict[str, Any]:
-    """What identifies the model: its name, its CLIP, the shape of ARM, and a fingerprint of the weights."""
+    """What identifies the model: its name, its CLIP, the shape of ARM, and a fingerprint of the weights.
+
+    Args:
+        pipe: An `open-vocab-segmentation` pipeline.
+        name: What the user calls the model.
+    """
     model = pipe.model
     arm = hasattr(model, "arm")
     vision = (model.clip if arm else model).config.vision_config
@@ -213,7 +218,12 @@ def evaluate_data(
 
 
 def describe_data(data: SegmentationData, limit: int | None) -> dict[str, Any]:
-    """What identifies the images that are evaluated."""
+    """What identifies the images that are evaluated.
+
+    Args:
+        data: The data set.
+        limit: How many of its first images are taken, or None for all.
+    """
     record: dict[str, Any] = {"name": data.name, "split": data.split, "classes": len(data.classes), "limit": limit}
     try:
         names = data.select(range(min(len(data), limit or len(data)))).dataset["name"]
@@ -226,7 +236,15 @@ def describe_data(data: SegmentationData, limit: int | None) -> dict[str, Any]:
 def rows_of(
     data: SegmentationData, limit: int | None, done: Iterable[int], rank: int = 0, count: int = 1
 ) -> tuple[Iterator[tuple[int, Any]], int | None]:
-    """Index and row of the images that one of `count` processes still has to do, and their number if it is known."""
+    """Index and row of the images that one of `count` processes still has to do, and their number if it is known.
+
+    Args:
+        data: The data set.
+        limit: Take only the first so many images.
+        done: Indices that need not be done again.
+        rank: Which process this is, from 0.
+        count: Number of processes.
+    """
     done = set(done)
     try:
         size = min(len(data), limit or len(data))

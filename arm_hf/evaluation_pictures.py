@@ -22,7 +22,12 @@ UNCOUNTED = "not counted"
 
 
 def choose(evaluation: Evaluation, count: int) -> dict[str, list[int]]:
-    """Indices of the worst and the best images, by the mean of their mIoU over the rows; none is in both."""
+    """Indices of the worst and the best images, by the mean of their mIoU over the rows; none is in both.
+
+    Args:
+        evaluation: What was counted.
+        count: Number of each.
+    """
     scores = {}
     for index, record in evaluation.tally.images.items():
         values = [value for value in record["miou"].values() if value is not None]

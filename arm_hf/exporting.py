@@ -176,7 +176,14 @@ class TextGraph(nn.Module):
 
 
 def image_sample(graph: ImageGraph, batch: int = 2, grid: tuple[int, int] = (3, 5), classes: int = 4) -> tuple:
-    """Random pixels and class embeddings of a size, the same in every call."""
+    """Random pixels and class embeddings of a size, the same in every call.
+
+    Args:
+        graph: What the sample is for.
+        batch: B.
+        grid: Patches per column and row.
+        classes: Q.
+    """
     generator = torch.Generator().manual_seed(0)
     side = graph.dense.tower.patch_size
     pixels = torch.randn(batch, 3, grid[0] * side, grid[1] * side, generator=generator)
@@ -186,7 +193,13 @@ def image_sample(graph: ImageGraph, batch: int = 2, grid: tuple[int, int] = (3, 
 
 
 def text_sample(clip: Any, prompts: int = 3, tokens: int = 7) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of prompts of different lengths, the same in every call."""
+    """Token ids and mask of prompts of different lengths, the same in every call.
+
+    Args:
+        clip: Whose tokens are used.
+        prompts: How many.
+        tokens: Length of the longest.
+    """
     config = clip.config.text_config
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.eos_token_id, (prompts, tokens), generator=generator)
@@ -262,7 +275,13 @@ def export_onnx(pipe: Any, out: Path, graph: ImageGraph, templates: tuple[str, .
 
 
 def export_torch(out: Path, graph: ImageGraph, clip: Any) -> list[Exported]:
-    """Write `image.pt2` and `text.pt2`, which `torch.export.load` reads, and compare them with the modules."""
+    """Write `image.pt2` and `text.pt2`, which `torch.export.load` reads, and compare them with the modules.
+
+    Args:
+        out: An existing folder.
+        graph: Image tower with or without ARM.
+        clip: Holds the text tower.
+    """
     parts = (
         ("image.pt2", graph, image_sample(graph), image_shapes(graph)),
         ("text.pt2", TextGraph(clip), text_sample(clip), text_shapes(clip)),
@@ -305,7 +324,13 @@ def quantise(out: Path) -> list[Exported]:
 
 
 def runner_settings(pipe: Any, graph: ImageGraph, templates: tuple[str, ...]) -> dict[str, Any]:
-    """What `onnx_runner.py` must know beside the graphs."""
+    """What `onnx_runner.py` must know beside the graphs.
+
+    Args:
+        pipe: Holds tokenizer and image processor.
+        graph: The exported image tower.
+        templates: Sentences that the words are put into.
+    """
     size = pipe._processor_size(None)
     if "shortest_edge" not in size:
         raise ValueError(f"the example runner resizes by the shorter side, but the image processor has size {size}")
@@ -343,7 +368,12 @@ def checked_inputs(module: nn.Module) -> list[tuple]:
 
 
 def difference_to_torch(path: Path, module: nn.Module) -> float:
-    """Greatest absolute difference between a graph in onnxruntime and its module, over inputs of several sizes."""
+    """Greatest absolute difference between a graph in onnxruntime and its module, over inputs of several sizes.
+
+    Args:
+        path: The graph.
+        module: What it was made from.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -43,6 +43,12 @@ class CardRequest:
 def write_card(source: Path, repo_id: str | None, card: CardRequest, overwrite: bool = False) -> Path:
     """Build the card of a folder anew, in place.
 
+    Args:
+        source: Model folder.
+        repo_id: Repository that the examples name, if there is one.
+        card: What a person adds.
+        overwrite: Replace a card that somebody wrote.
+
     Raises:
         ValueError: A card is there that somebody wrote, and `overwrite` is off; or the new one is not fit to publish.
     """
@@ -65,7 +71,16 @@ def card_text(
     pictures: Sequence[Picture],
     base_model: str | None,
 ) -> tuple[str, bool]:
-    """The text of a card, and whether it is the one of the source, which somebody wrote by hand."""
+    """The text of a card, and whether it is the one of the source, which somebody wrote by hand.
+
+    Args:
+        source: Model folder.
+        folder: The folder that the card is for.
+        repo_id: Repository that the examples name.
+        card: What a person adds.
+        pictures: In `folder`.
+        base_model: Hub id of the CLIP, or None.
+    """
     own = source / CARD_NAME
     if own.is_file() and not _is_mini(source):
         text = own.read_text(encoding="utf-8")
@@ -76,6 +91,11 @@ def card_text(
 
 def copy_pictures(source: Path, folder: Path, more: Sequence[str | os.PathLike]) -> list[Picture]:
     """Put the sample pictures of a model, and some more, into a folder.
+
+    Args:
+        source: Model folder, whose `pictures/` are taken.
+        folder: Where to.
+        more: Further files.
 
     Raises:
         ValueError: Two have the same name, or one says where it was taken.

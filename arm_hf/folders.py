@@ -62,7 +62,13 @@ class OutputFiles:
 
     @classmethod
     def named(cls, out: Path, name: str, overlay: bool = True) -> OutputFiles:
-        """Return `NAME.png`, `NAME.json` and, if wanted, `NAME_overlay.png` in a folder."""
+        """Return `NAME.png`, `NAME.json` and, if wanted, `NAME_overlay.png` in a folder.
+
+        Args:
+            out: The folder.
+            name: Path in it, without an ending.
+            overlay: Whether there is a picture for people.
+        """
         return cls(out / f"{name}.png", out / f"{name}.json", out / f"{name}_overlay.png" if overlay else None)
 
 
@@ -205,7 +211,12 @@ def plan_outputs(
 
 
 def already_there(path: Path, count: int = 1) -> ValueError:
-    """Return the error that says that results would be replaced."""
+    """Return the error that says that results would be replaced.
+
+    Args:
+        path: One of the results.
+        count: How many there are.
+    """
     what = f"{str(path)!r} exists" if count == 1 else f"{str(path)!r} and {count - 1} more exist"
     return ValueError(
         f"{what} already; go on where a run was cut off (--resume), allow overwriting (--overwrite) or choose another "

@@ -51,14 +51,24 @@ class HubMetric:
             ) from error
 
     def keep(self, index: int, labels: Mapping[str, np.ndarray]) -> None:
-        """Write the predicted labels of one image; "none of the classes" becomes a value that no class has."""
+        """Write the predicted labels of one image; "none of the classes" becomes a value that no class has.
+
+        Args:
+            index: Of the image.
+            labels: Predicted labels by row, (H, W) each.
+        """
         highest = np.iinfo(self.dtype).max
         for number, found in enumerate(labels.values()):
             with atomic_path(self._path(number, index)) as path:
                 Image.fromarray(np.where(found < 0, highest, found).astype(self.dtype)).save(path, format="PNG")
 
     def compute(self, evaluation: Evaluation, data: Any) -> dict[str, dict[str, Any]]:
-        """The metric's result for every row."""
+        """The metric's result for every row.
+
+        Args:
+            evaluation: What was evaluated.
+            data: The data set, for the true labels.
+        """
         table, protocol = evaluation.plan.table, evaluation.plan.protocol
         results = {}
         for number, row in enumerate(evaluation.plan.rows):

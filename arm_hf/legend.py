@@ -130,7 +130,13 @@ def _percent(share: float) -> str:
 
 
 def shorten(text: str, font: Font, widest: float) -> str:
-    """Cut the text to the width given, with an ellipsis where something is missing."""
+    """Cut the text to the width given, with an ellipsis where something is missing.
+
+    Args:
+        text: Any text.
+        font: What it is drawn with.
+        widest: Room in pixels.
+    """
     if font.getlength(text) <= widest:
         return text
     low, high = 0, len(text)
@@ -144,7 +150,12 @@ def shorten(text: str, font: Font, widest: float) -> str:
 
 
 def font_for(text: str, size: int) -> Font:
-    """Return Pillow's own font, or one of the machine's if that knows more of the text's letters."""
+    """Return Pillow's own font, or one of the machine's if that knows more of the text's letters.
+
+    Args:
+        text: What is to be drawn.
+        size: Height of the letters in pixels.
+    """
     best = ImageFont.load_default(size)
     missing = _missing_letters(text, best)
     for name in _OTHER_FONTS if missing else ():
@@ -165,6 +176,11 @@ def _missing_letters(text: str, font: Font) -> set[str]:
 
 
 def drawable(text: str, font: Font) -> str:
-    """Write letters that no font at hand can draw as their code, so that two labels never look alike."""
+    """Write letters that no font at hand can draw as their code, so that two labels never look alike.
+
+    Args:
+        text: What is to be drawn.
+        font: What it is drawn with.
+    """
     missing = _missing_letters(text, font)
     return "".join(f"\\u{ord(letter):04x}" if letter in missing else letter for letter in text)

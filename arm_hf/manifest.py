@@ -147,6 +147,10 @@ class Manifest:
     def is_done(self, file: ImageFile, outputs: OutputFiles) -> bool:
         """Whether this run has finished a picture: it is recorded, or its legend says so, and its files are there.
 
+        Args:
+            file: The picture.
+            outputs: Where its results go.
+
         Raises:
             ValueError: If results are there that come from another picture or from other settings.
         """

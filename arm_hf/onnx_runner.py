@@ -71,7 +71,12 @@ class OnnxSegmenter:
         self.tokenizer.enable_padding(pad_id=self.settings["pad_token_id"], pad_token=self.settings["pad_token"])
 
     def class_embeddings(self, words: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
-        """Embed words, each as the mean over templates: (Q, D) of unit length."""
+        """Embed words, each as the mean over templates: (Q, D) of unit length.
+
+        Args:
+            words: The queries.
+            templates: Sentences with one `{}` each; by default those of the export.
+        """
         templates = templates or self.settings["templates"]
         embeddings = []
         for word in words:
@@ -101,7 +106,12 @@ class OnnxSegmenter:
         return (short, long) if width < height else (long, short)
 
     def maps(self, pixels: np.ndarray, class_embeddings: np.ndarray) -> np.ndarray:
-        """Scores of one image at its own size, (Q, H, W), with zero pixels around it up to whole patches."""
+        """Scores of one image at its own size, (Q, H, W), with zero pixels around it up to whole patches.
+
+        Args:
+            pixels: Normalised image, (3, H, W).
+            class_embeddings: Of the words, (Q, D).
+        """
         side = self.settings["patch_size"]
         height, width = pixels.shape[-2:]
         above, left = -height % side // 2, -width % side // 2
@@ -149,7 +159,12 @@ class OnnxSegmenter:
 
 
 def resize(maps: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Resize maps (C, h, w) bilinearly to (C, H, W), corners not aligned, as torch's `interpolate` does."""
+    """Resize maps (C, h, w) bilinearly to (C, H, W), corners not aligned, as torch's `interpolate` does.
+
+    Args:
+        maps: (C, h, w).
+        size: (H, W).
+    """
     for axis, length in ((1, size[0]), (2, size[1])):
         if maps.shape[axis] == length:
             continue

@@ -38,7 +38,14 @@ class Tally:
 
     @classmethod
     def empty(cls, rows: Iterable[str], num_classes: int, ignore_index: int, boundary_radius: float | None) -> Tally:
-        """Nothing counted."""
+        """Nothing counted.
+
+        Args:
+            rows: Names of the rows.
+            num_classes: K.
+            ignore_index: Label of pixels that do not count.
+            boundary_radius: Share of the diagonal, or None without boundaries.
+        """
         return cls({row: ConfusionMatrix(num_classes, ignore_index, boundary_radius) for row in rows})
 
     def add(self, index: int, name: str, references: np.ndarray, found: Any) -> None:
@@ -88,6 +95,10 @@ class Tally:
     @classmethod
     def load(cls, path: Path, like: Tally) -> Tally:
         """Read a saved tally of the same rows.
+
+        Args:
+            path: A saved tally.
+            like: An empty one of the same rows.
 
         Raises:
             ValueError: The file is damaged or holds something else.

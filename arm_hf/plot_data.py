@@ -139,7 +139,12 @@ def read_confusion(path: str | Path, row: str | None = None) -> tuple[str, np.nd
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Running mean over the last `width` values (fewer at the beginning); what is not finite is left out of it."""
+    """Running mean over the last `width` values (fewer at the beginning); what is not finite is left out of it.
+
+    Args:
+        values: In order.
+        width: Most values in a mean.
+    """
     kept: list[float] = []
     result = []
     for value in values:

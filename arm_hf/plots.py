@@ -225,6 +225,10 @@ def confusion_plot(counts: np.ndarray, classes: Sequence[str], title: str = "", 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure in one step; the ending of the name (.png, .svg, .pdf) chooses the format.
 
+    Args:
+        figure: What to write.
+        path: Where to.
+
     Raises:
         ValueError: matplotlib does not write that format.
     """

@@ -196,7 +196,14 @@ class Protocol:
         return dataclasses.replace(self.default, method=method, input=rule, notes=notes, **values)
 
     def published_for(self, method: str, arm: bool, backbone: str, pamr: bool) -> list[Mapping[str, Any]]:
-        """The papers' numbers for a method, those with and without PAMR apart."""
+        """The papers' numbers for a method, those with and without PAMR apart.
+
+        Args:
+            method: Registered name.
+            arm: With or without ARM.
+            backbone: One of `BACKBONES`.
+            pamr: With or without PAMR.
+        """
         wanted = {"method": method, "arm": arm, "backbone": backbone, "pamr": pamr}
         return [entry for entry in self.published if all(entry[key] == value for key, value in wanted.items())]
 

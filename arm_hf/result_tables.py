@@ -239,6 +239,10 @@ def _published(entries: Sequence[Mapping[str, Any]]) -> str:
 def clear_results(out: str | Path, overwrite: bool) -> None:
     """Make sure that results may be written into a folder, and take earlier ones away if they may be replaced.
 
+    Args:
+        out: Folder of the results.
+        overwrite: Whether earlier ones may be replaced.
+
     Raises:
         ValueError: There are results already, or the folder is a file.
     """
@@ -258,6 +262,11 @@ def write_results(out: str | Path, results: Mapping[str, Any], evaluation: Evalu
     """Write `confusion.npz`, `images.csv`, `results.md` and, last, `results.json` (strict: no NaN), each in one step.
 
     `confusion.npz` holds `classes` and for each row the pixels of each right class by what was found, none last.
+
+    Args:
+        out: Folder of the results.
+        results: From `build_results`.
+        evaluation: What was counted.
     """
     texts = {
         "images.csv": image_scores(evaluation),

@@ -114,7 +114,13 @@ class _Process:
 
 
 def shares(images: int, images_per_shard: int, count: int) -> list[list[int]]:
-    """Pictures in the shards of each process: whole files where there are enough, else every count-th row of all."""
+    """Pictures in the shards of each process: whole files where there are enough, else every count-th row of all.
+
+    Args:
+        images: Pictures.
+        images_per_shard: Pictures in a file.
+        count: Number of processes.
+    """
     sizes = [min(images_per_shard, images - start) for start in range(0, images, images_per_shard)]
     if len(sizes) >= count:
         return [sizes[index::count] for index in range(count)]
@@ -127,6 +133,10 @@ def simulate(fleet: Fleet, seed: int = 0) -> Outcome:
     A process is as fast as the model or as reading, whatever is slower. A failure of a machine kills its processes:
     each repeats up to `in_flight` pictures, and before it goes on reads all manifests, asks for the files of what it
     had finished in the current shard and passes over these rows.
+
+    Args:
+        fleet: Work and machines.
+        seed: Of the failures.
     """
     random = np.random.default_rng(seed)
     count = fleet.machines * fleet.processes
@@ -201,7 +211,12 @@ def _into_shard(sizes: list[int], done: int) -> int:
 
 
 def table(fleets: list[Fleet], seed: int = 0) -> str:
-    """A Markdown table of simulated runs."""
+    """A Markdown table of simulated runs.
+
+    Args:
+        fleets: One row each.
+        seed: Of the failures.
+    """
     lines = [
         "| machines x processes | pictures per shard | shards | hours (ideal) | failures | repeated pictures | "
         "restarting, process hours | waiting for the last, process hours |",

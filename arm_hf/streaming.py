@@ -34,7 +34,14 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor | None]:
 def mapped_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], pool: ThreadPoolExecutor | None, ahead: int
 ) -> Iterator[Result]:
-    """Apply a function to items in order, in a pool of threads at most `ahead` items before they are asked for."""
+    """Apply a function to items in order, in a pool of threads at most `ahead` items before they are asked for.
+
+    Args:
+        function: Applied to each item.
+        items: Read no further than is asked for and `ahead`.
+        pool: Threads; None applies the function when an item is asked for.
+        ahead: Most items under way.
+    """
     if pool is None:
         yield from map(function, items)
         return
@@ -83,7 +90,12 @@ class WriteBehind:
         self._waiting: deque[Future[Any]] = deque()
 
     def put(self, function: Callable[..., Result], *arguments: Any) -> Iterator[Result]:
-        """Start a call; yield the results of those that are finished, in the order in which they were started."""
+        """Start a call; yield the results of those that are finished, in the order in which they were started.
+
+        Args:
+            function: What to call.
+            arguments: Its arguments.
+        """
         if self.pool is None:
             yield function(*arguments)
             return

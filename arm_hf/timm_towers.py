@@ -143,6 +143,10 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> CLIPConfig:
 def clip_from_open_clip(state: Mapping[str, Tensor], config: CLIPConfig) -> CLIPModel:
     """A `CLIPModel` with the weights of an open_clip state dict (or of OpenAI's own, which has the same names).
 
+    Args:
+        state: Weights by name.
+        config: Of the CLIP that has this shape.
+
     Raises:
         ValueError: A weight is missing, left over, or of another shape.
     """

@@ -53,6 +53,10 @@ class Limits:
 def read_labels(text: str | None, limits: Limits) -> tuple[Label, ...]:
     """Return the labels of the text field.
 
+    Args:
+        text: What was typed.
+        limits: Of this page.
+
     Raises:
         ValueError: There are none, too many, one is too long, or as `parse_labels` does.
     """
@@ -71,6 +75,11 @@ def read_labels(text: str | None, limits: Limits) -> tuple[Label, ...]:
 def read_background(text: str | None, labels: Sequence[Label], limits: Limits) -> Background | None:
     """Return the background policy of the text field, or None (the model's own) if it is empty.
 
+    Args:
+        text: What was typed.
+        labels: The request's labels; their words count, too, towards the most words of a request.
+        limits: Of this page.
+
     Raises:
         ValueError: As `Background.parse` does, or a word is too long, or there are too many.
     """
@@ -86,6 +95,10 @@ def read_background(text: str | None, labels: Sequence[Label], limits: Limits) -
 
 def read_photo(path: str | None, limits: Limits) -> tuple[Image.Image, str]:
     """Return an uploaded photo, reduced where it is too large, and a sentence that says so (or nothing).
+
+    Args:
+        path: File of the upload.
+        limits: Of this page.
 
     Raises:
         ValueError: There is none, it cannot be read, or it has too many pixels.

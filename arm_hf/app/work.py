@@ -181,6 +181,11 @@ class Workshop:
     def compare(self, asked: Asked, methods: Sequence[str], arm: str) -> tuple[Image.Image, Comparison]:
         """Run several methods on a photo with one shared pass; the photo comes back as it was used.
 
+        Args:
+            asked: The request.
+            methods: Names of registered methods.
+            arm: "off", "on" or "both".
+
         Raises:
             ValueError: As for `segment`, or no method is named, or ARM is asked for and the model has none.
         """
@@ -230,7 +235,15 @@ class Workshop:
 
 
 def write_files(found: Found, folder: Path, alpha: float, contours: bool, colors: str) -> tuple[str, str, str]:
-    """Write picture, label map and legend into a folder and return their paths."""
+    """Write picture, label map and legend into a folder and return their paths.
+
+    Args:
+        found: What was found.
+        folder: Where to.
+        alpha: Strength of the colours on the photo, 0 to 1.
+        contours: Outline the patches and leave the photo's colours as they are.
+        colors: Palette.
+    """
     stem = Path(found.record["image"]).stem[:40] or "photo"
     alpha = min(max(alpha, 0.0), 1.0)
     picture = overlay(found.photo, found.semantic_map, found.id2label, alpha, colors=colors, contours=contours)

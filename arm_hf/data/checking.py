@@ -134,6 +134,13 @@ def check_hub(
 ) -> DataReport:
     """Check a split of a hub data set, streamed; `columns` are those arguments of `open_data`.
 
+    Args:
+        source: Hub id.
+        split: Which split.
+        limit: Decode only the first so many rows.
+        progress: Wraps the rows, such as `tqdm`.
+        columns: Other arguments of `open_data`.
+
     Raises:
         ValueError: As `open_data` does.
     """

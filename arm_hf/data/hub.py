@@ -31,6 +31,15 @@ def open_hub_data(
 ) -> SegmentationData:
     """Open a split of a hub data set; see `open_data`.
 
+    Args:
+        source: `owner/name` or `owner/name:configuration`, or a folder that `datasets` can load.
+        split: Which split.
+        image_column: Column of the images.
+        label_column: Column of the label maps.
+        label_names: Names of the classes, in the order of the label values.
+        layout: Layout whose values, as published, the label maps have.
+        streaming: Download only what is read.
+
     Raises:
         ValueError: A column is missing or holds no images, or nothing says what the labels mean.
         OSError: The data set cannot be had.

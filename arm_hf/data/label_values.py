@@ -17,17 +17,32 @@ Values = Mapping[int, int]
 
 
 def in_order(num_classes: int, unlabelled: Iterable[int] = (255,)) -> Values:
-    """Value i is class i ("train ids")."""
+    """Value i is class i ("train ids").
+
+    Args:
+        num_classes: K.
+        unlabelled: Values that mean no class.
+    """
     return {**dict.fromkeys(unlabelled, IGNORE), **{value: value for value in range(num_classes)}}
 
 
 def from_one(num_classes: int, unlabelled: Iterable[int] = (0, 255)) -> Values:
-    """Value i is class i - 1, and 0 is no class ("reduce zero label")."""
+    """Value i is class i - 1, and 0 is no class ("reduce zero label").
+
+    Args:
+        num_classes: K.
+        unlabelled: Values that mean no class.
+    """
     return {**dict.fromkeys(unlabelled, IGNORE), **{value: value - 1 for value in range(1, num_classes + 1)}}
 
 
 def make_lookup(values: Values, ignore_index: int) -> np.ndarray:
-    """Label of each value from 0 to the highest named, int32; `NOT_ALLOWED` where the table has none."""
+    """Label of each value from 0 to the highest named, int32; `NOT_ALLOWED` where the table has none.
+
+    Args:
+        values: Class of each value, or `IGNORE` for no class.
+        ignore_index: Label of pixels of no class.
+    """
     lookup = np.full(max(values) + 1, NOT_ALLOWED, dtype=np.int32)
     for value, label in values.items():
         lookup[value] = ignore_index if label == IGNORE else label

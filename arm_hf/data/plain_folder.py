@@ -83,6 +83,10 @@ def read_names(path: Path) -> list[str]:
 def index_folder(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
     """The files with one of these endings, by path in the folder without the ending.
 
+    Args:
+        folder: Searched with all folders below it.
+        endings: Such as `(".png",)`, in lower case.
+
     Raises:
         ValueError: There is no such folder, or two files differ in their ending alone.
     """
@@ -105,6 +109,13 @@ def index_folder(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
 def find_pairs(names: Sequence[str], found: dict[str, Path], what: str, folder: Path, listed: str) -> list[Path]:
     """The file of each name.
 
+    Args:
+        names: What the list names.
+        found: Files by name.
+        what: What the files are, for the message.
+        folder: Where they should be, for the message.
+        listed: Name of the list, for the message.
+
     Raises:
         ValueError: There is none; the message names the first and says how many are missing.
     """
@@ -117,6 +128,10 @@ def find_pairs(names: Sequence[str], found: dict[str, Path], what: str, folder: 
 
 def read_text(path: Path, hint: str = "") -> str:
     """The file's text; `hint` ends the error.
+
+    Args:
+        path: A UTF-8 file.
+        hint: Added to the error.
 
     Raises:
         ValueError: It cannot be read.

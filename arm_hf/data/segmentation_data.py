@@ -121,6 +121,10 @@ class SegmentationData:
     def shard(self, num_shards: int, index: int) -> SegmentationData:
         """Every `num_shards`-th row from `index` on: what one of `num_shards` processes works on.
 
+        Args:
+            num_shards: How many share the rows.
+            index: Which of them, from 0.
+
         Raises:
             ValueError: `index` is not one of 0 to `num_shards` - 1.
         """
@@ -149,7 +153,13 @@ class SegmentationData:
 
 
 def make_dataset(names: Sequence[str], images: Sequence[Path], labels: Sequence[Path]) -> datasets.Dataset:
-    """A data set of paths; nothing is read or copied."""
+    """A data set of paths; nothing is read or copied.
+
+    Args:
+        names: Of the rows.
+        images: File of each image.
+        labels: File of each label map.
+    """
     columns = {
         "name": list(names),
         "image": [{"path": str(path), "bytes": None} for path in images],

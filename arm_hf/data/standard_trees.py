@@ -121,7 +121,14 @@ def get_layout(name: str) -> Layout:
 
 
 def place_files(layout: Layout, tree: Tree, split: str, root: Path) -> TreeFiles:
-    """Fill in a tree's patterns; `root` is where it begins."""
+    """Fill in a tree's patterns; `root` is where it begins.
+
+    Args:
+        layout: The data set.
+        tree: One of its trees.
+        split: Which split.
+        root: Where the tree begins.
+    """
     folder = tree.splits[split]
 
     def fill(pattern: str) -> tuple[Path, str]:
@@ -136,6 +143,11 @@ def place_files(layout: Layout, tree: Tree, split: str, root: Path) -> TreeFiles
 
 def candidates(layout: Layout, split: str, folder: Path) -> list[TreeFiles]:
     """Every place where the split may lie below `folder`, whether it is there or not.
+
+    Args:
+        layout: The data set.
+        split: Which split.
+        folder: What the user named.
 
     Raises:
         ValueError: The data set has no such split.
@@ -180,6 +192,10 @@ def find_tree(folder: Path, split: str, layout: str | None = None) -> TreeFiles 
 def class_names(layout: Layout, root: Path | None = None) -> tuple[str, ...]:
     """The names of the classes, in order.
 
+    Args:
+        layout: The data set.
+        root: Where its tree begins, for data sets whose tree names the classes.
+
     Raises:
         ValueError: The tree must name them and does not, or not as many as there are.
     """
@@ -204,6 +220,10 @@ def background_index(layout: Layout) -> int | None:
 
 def check_names(layout: Layout, label_names: Sequence[str]) -> tuple[str, ...]:
     """The names, if there are as many as the layout has classes.
+
+    Args:
+        layout: The data set.
+        label_names: Names for its classes.
 
     Raises:
         ValueError: There are not.

@@ -75,7 +75,13 @@ class ConfusionMatrix:
             self._add_boundaries(predictions, references)
 
     def add_pairs(self, predictions: np.ndarray, references: np.ndarray, times: np.ndarray | None = None) -> None:
-        """Count pixels: their predictions and references, (N,), and how often each pair occurs (once)."""
+        """Count pixels: their predictions and references, (N,), and how often each pair occurs (once).
+
+        Args:
+            predictions: Predicted label of each pixel, (N,).
+            references: True label of each, (N,).
+            times: How often each pair occurs, (N,); once by default.
+        """
         size = self.num_classes + 1
         keep = references != self.ignore_index
         cells = self._rows(references[keep]) * size + self._rows(predictions[keep])
@@ -197,7 +203,13 @@ class ConfusionMatrix:
 
 
 def boundary_pixels(height: int, width: int, radius: float) -> int:
-    """Width of a boundary in whole pixels, at least 1: a share of the image's diagonal."""
+    """Width of a boundary in whole pixels, at least 1: a share of the image's diagonal.
+
+    Args:
+        height: Of the image.
+        width: Of the image.
+        radius: Share of its diagonal.
+    """
     return max(1, round(radius * float(np.hypot(height, width))))
 
 

@@ -134,7 +134,13 @@ class MeanIoU(evaluate.Metric):
         return self._added
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
-        """Count one pair of maps."""
+        """Count one pair of maps.
+
+        Args:
+            prediction: Predicted map, (H, W).
+            reference: True map of the same size.
+            kwargs: As the base class has them.
+        """
         _refuse(kwargs, "prediction and reference")
         predictions, references = _to_map(prediction, "prediction"), _to_map(reference, "reference")
         if predictions.shape != references.shape:
@@ -145,7 +151,13 @@ class MeanIoU(evaluate.Metric):
         self._added += 1
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Count several pairs of maps."""
+        """Count several pairs of maps.
+
+        Args:
+            predictions: Predicted maps.
+            references: True maps of the same sizes.
+            kwargs: As the base class has them.
+        """
         _refuse(kwargs, "predictions and references")
         if len(predictions) != len(references):
             raise ValueError(
@@ -155,7 +167,13 @@ class MeanIoU(evaluate.Metric):
             self.add(prediction=prediction, reference=reference)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any] | None:
-        """Give the figures of all maps since the last `compute`, and start anew."""
+        """Give the figures of all maps since the last `compute`, and start anew.
+
+        Args:
+            predictions: Further predicted maps to count first.
+            references: Their true maps.
+            kwargs: `num_labels`, `ignore_index` and the other settings of the metric.
+        """
         if (predictions is None) != (references is None):
             raise ValueError("predictions and references belong together; one of them is missing")
         if predictions is not None:
