@@ -117,7 +117,14 @@ EXPERIMENTS: dict[str, tuple[Variant, ...]] = {
 
 
 def train_variant(variant: Variant, seed: int, recipe: TrainingOptions, folder: Path) -> Path:
-    """Train, go on with, or find a variant; return the folder of its last checkpoint."""
+    """Train, go on with, or find a variant; return the folder of its last checkpoint.
+
+    Args:
+        variant: What differs from the recipe.
+        seed: Of the training.
+        recipe: The common options.
+        folder: Of this run.
+    """
     from arm_hf.training.train import train
 
     options = replace(recipe, **variant.options, seed=seed, output_dir=str(folder), resume=True, overwrite=False)
@@ -136,7 +143,17 @@ def evaluate_model(
     folder: Path,
     limit: int | None,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Figures in percent by set and host: mean_iou, boundary_iou, overall_accuracy and seconds an image."""
+    """Figures in percent by set and host: mean_iou, boundary_iou, overall_accuracy and seconds an image.
+
+    Args:
+        model: Folder or name.
+        hosts: Methods that ARM refines.
+        sets: What is measured on.
+        data: Where the sets lie.
+        arm: "off", "on" or "both".
+        folder: Where the results are kept, a file for each set.
+        limit: Take only the first so many images of a set.
+    """
     from tqdm import tqdm
 
     from arm_hf.data import open_data
@@ -176,7 +193,16 @@ def evaluate_model(
 def evaluate_alone(
     clip: str, hosts: Sequence[str], sets: Sequence[TestSet], data: Path, folder: Path, limit: int | None
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Figures of the hosts without ARM, in one pass; those that an earlier experiment has measured are read."""
+    """Figures of the hosts without ARM, in one pass; those that an earlier experiment has measured are read.
+
+    Args:
+        clip: Name or folder.
+        hosts: Methods.
+        sets: What is measured on.
+        data: Where the sets lie.
+        folder: Where results are kept.
+        limit: Take only the first so many images of a set.
+    """
     measured = {host: part for part in sorted(folder.glob("*")) for host in part.name.split("+")}
     found: dict[str, dict[str, dict[str, float]]] = {}
     for chosen in sets:
@@ -193,7 +219,16 @@ def evaluate_alone(
 def run_experiment(
     name: str, recipe: TrainingOptions, seeds: Sequence[int], data: Path, work: Path, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """Train and evaluate all variants of an experiment; one record per variant, seed, set and host."""
+    """Train and evaluate all variants of an experiment; one record per variant, seed, set and host.
+
+    Args:
+        name: Of the experiment.
+        recipe: The common options.
+        seeds: Each variant is trained once with each.
+        data: Where the sets lie.
+        work: Where everything is kept.
+        limit: Take only the first so many images of a set.
+    """
     records = []
     for variant in EXPERIMENTS[name]:
         sets = [chosen for chosen in SETS if chosen.name in variant.sets and (data / chosen.folder).is_dir()]
@@ -210,7 +245,12 @@ def run_experiment(
 
 
 def gain(record: Mapping[str, Any], figure: str = "mean_iou_in_labels") -> float:
-    """What ARM adds, in points."""
+    """What ARM adds, in points.
+
+    Args:
+        record: One of `run_experiment`, with the figures alone and with ARM.
+        figure: Such as "mean_iou".
+    """
     return record["with_arm"][figure] - record["alone"][figure]
 
 
@@ -268,7 +308,13 @@ def variant_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def write_tables(records: Sequence[Mapping[str, Any]], recipe: TrainingOptions, work: Path) -> Path:
-    """Write `evidence.json` and `evidence.md`; return the latter."""
+    """Write `evidence.json` and `evidence.md`; return the latter.
+
+    Args:
+        records: Of all experiments.
+        recipe: The common options.
+        work: Where to.
+    """
     lines = ["# What ARM adds", "", f"Base: `{Path(recipe.clip).name}`. All figures in percent.", ""]
     for name in dict.fromkeys(record["experiment"] for record in records):
         chosen = [record for record in records if record["experiment"] == name]

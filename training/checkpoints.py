@@ -69,7 +69,12 @@ class RunFolder:
                 save_options(self.options, path)
 
     def save_tower(self, model: ARMModel, *parts: Any) -> None:
-        """Keep the CLIP of a model whose config names none, so that checkpoints can hold ARM alone."""
+        """Keep the CLIP of a model whose config names none, so that checkpoints can hold ARM alone.
+
+        Args:
+            model: Its `clip` is kept.
+            parts: Tokenizer and image processor.
+        """
         folder = self.root / "clip"
         with _named("CLIP's weights", folder):
             for part in (model.clip, *parts):
@@ -77,6 +82,12 @@ class RunFolder:
 
     def save_model(self, folder: Path, model: ARMModel, *parts: Any, adapter: Any = None) -> None:
         """Write ARM with the tokenizer and the image processor, and the adapter if CLIP has one.
+
+        Args:
+            folder: `last` or `best`.
+            model: Its ARM is kept.
+            adapter: LoRA of the CLIP, or None.
+            parts: Tokenizer and image processor.
 
         Raises:
             OSError: The disk is full, for example; what was there before is intact.

@@ -153,7 +153,12 @@ class _Writer:
 
 
 def check_cacheable(method: Method, settings: Any) -> None:
-    """Raise ValueError when features cannot stand for the method: they depend on the words, or scores are its own."""
+    """Raise ValueError when features cannot stand for the method: they depend on the words, or scores are its own.
+
+    Args:
+        method: The host.
+        settings: Its settings.
+    """
     if method.needs_words(settings) or type(method).score_map is not Method.score_map:
         raise ValueError(
             f"the features of {method.name!r} cannot be cached: its maps need more than them; train with a method such "
@@ -162,7 +167,14 @@ def check_cacheable(method: Method, settings: Any) -> None:
 
 
 def fingerprint(model: ARMModel, views: Views, options: TrainingOptions, precision: str) -> dict[str, Any]:
-    """Everything that the features and labels of the views depend on; `precision` is autocast's."""
+    """Everything that the features and labels of the views depend on; `precision` is autocast's.
+
+    Args:
+        model: Its towers and method.
+        views: Crops and files.
+        options: Of the run.
+        precision: Autocast's.
+    """
     config: Any = model.config
     towers = hashlib.blake2b(digest_size=16)
     for part in (model.clip.vision_model, model.clip.visual_projection):

@@ -15,6 +15,10 @@ ADAPTER_FOLDER = "adapter"
 def add_lora(model: ARMModel, options: TrainingOptions) -> Any:
     """Put trainable low-rank matrices into the model's CLIP, in place.
 
+    Args:
+        model: Its CLIP is changed.
+        options: Rank, targets and blocks.
+
     Returns:
         The `PeftModel` around it, which saves the adapter. ARM stays trainable and is saved by the model itself.
 

@@ -30,6 +30,10 @@ def build_model(options: TrainingOptions, ignore_index: int) -> tuple[ARMModel, 
 
     The towers of an ARM checkpoint are taken where `clip` names one.
 
+    Args:
+        options: Of the run.
+        ignore_index: Label of pixels that are not learnt.
+
     Raises:
         OSError: The CLIP cannot be found.
         ValueError: An option does not suit this CLIP, or `init_arm` was made for another one.

@@ -33,7 +33,13 @@ NOT_PART_OF_THE_RUN = (
 
 
 def option(default: Any, help: str, **details: Any) -> Any:
-    """A field with its help text; `details` go to argparse."""
+    """A field with its help text; `details` go to argparse.
+
+    Args:
+        default: Its default.
+        help: One line.
+        details: Further arguments of argparse.
+    """
     return field(default=default, metadata={"help": help, **details})
 
 
@@ -246,7 +252,12 @@ def find_config(name: str) -> Path:
 
 
 def save_options(options: TrainingOptions, path: Path) -> None:
-    """Write a file that `--config` reads."""
+    """Write a file that `--config` reads.
+
+    Args:
+        options: Of the run.
+        path: Where to.
+    """
     path.write_text(yaml.safe_dump(dataclasses.asdict(options), sort_keys=False), encoding="utf-8")
 
 

@@ -16,13 +16,23 @@ REPEATED_WITHIN = 2.0  # seconds
 
 
 def together(accelerator: Accelerator, *numbers: int) -> list[int]:
-    """Sums of whole numbers over all processes."""
+    """Sums of whole numbers over all processes.
+
+    Args:
+        accelerator: Knows the processes.
+        numbers: Of this process.
+    """
     summed: Any = accelerator.reduce(torch.tensor(numbers, device=accelerator.device), "sum")
     return summed.tolist()
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on the device."""
+    """The batch with its tensors on the device.
+
+    Args:
+        batch: Tensors and other values by name.
+        device: Where to.
+    """
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
     }
@@ -109,7 +119,12 @@ def random_state(accelerator: Accelerator) -> dict[str, Tensor]:
 
 
 def set_random_state(states: Sequence[Mapping[str, Tensor]], accelerator: Accelerator) -> None:
-    """Put the generators where they were; with another number of processes they start anew."""
+    """Put the generators where they were; with another number of processes they start anew.
+
+    Args:
+        states: One for each process, from `random_state`.
+        accelerator: Says which process this is.
+    """
     if len(states) != accelerator.num_processes:
         return
     state = states[accelerator.process_index]

@@ -65,6 +65,11 @@ def name_classes(data: SegmentationData, names: str) -> tuple[Label, ...]:
 def open_sets(options: TrainingOptions, sources: Sequence[str], split: str) -> list[SegmentationData]:
     """Open data sets and make sure that they hold images.
 
+    Args:
+        options: Layout and columns.
+        sources: Folders, roots of standard trees, or hub ids.
+        split: Which split.
+
     Raises:
         ValueError: A set is missing, malformed or empty.
     """
@@ -141,7 +146,15 @@ class StepPlan:
         return [steps[index] for index in random.permutation(len(steps))]
 
     def parts(self, start: int, stop: int, parts: int, process: int, processes: int) -> Iterator[list[Key]]:
-        """The views that one process works off from step `start` to `stop`: `parts` lists for each step."""
+        """The views that one process works off from step `start` to `stop`: `parts` lists for each step.
+
+        Args:
+            start: First step.
+            stop: One past the last.
+            parts: Accumulation steps.
+            process: Which process this is, from 0.
+            processes: How many there are.
+        """
         share = self.batch_size // (parts * processes)
         steps: list[list[Key]] = []
         for step in range(start, stop):
