@@ -45,7 +45,12 @@ RECIPES = {"arm-clip-b16": "openai/clip-vit-base-patch16", "arm-clip-l14": "open
 
 
 def read_json(path: Path, made_by: str) -> dict[str, Any]:
-    """A JSON file, or FileNotFoundError with what makes it."""
+    """A JSON file, or FileNotFoundError with what makes it.
+
+    Args:
+        path: The file.
+        made_by: What makes it, for the message.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; {made_by} writes it")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +117,12 @@ def model_card(
 
 
 def recipe_card(name: str, clip: str) -> str:
-    """The card of a recipe that nobody has trained: the paper's figures, and room for ours."""
+    """The card of a recipe that nobody has trained: the paper's figures, and room for ours.
+
+    Args:
+        name: Of the recipe.
+        clip: Hub id of its CLIP.
+    """
     from arm_hf.known_models import known_model
 
     known = known_model(clip)
@@ -252,6 +262,10 @@ def _paper(entries: Sequence[Mapping[str, Any]]) -> str:
 
 def write_card(path: Path, text: str) -> None:
     """Write a card that passes the lint, under its name at once.
+
+    Args:
+        path: Where to.
+        text: The card.
 
     Raises:
         ValueError: It does not; the file stays as it was.

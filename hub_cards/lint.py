@@ -53,7 +53,12 @@ def problems(text: str, folder: Path | None = None, sections: Sequence[str] = SE
 
 
 def code_blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks of a language in a card."""
+    """The fenced blocks of a language in a card.
+
+    Args:
+        text: The card.
+        language: Such as "python".
+    """
     return [body for name, body in _FENCE.findall(text) if name == language]
 
 

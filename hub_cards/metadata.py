@@ -43,7 +43,13 @@ class CardFacts:
 
 
 def front_matter(name: str, facts: CardFacts, measurements: Sequence[Measurement]) -> str:
-    """The metadata block with its `---` lines; keys without a value are left out."""
+    """The metadata block with its `---` lines; keys without a value are left out.
+
+    Args:
+        name: Of the model.
+        facts: What the card says of it.
+        measurements: What was measured, if anything.
+    """
     from huggingface_hub import ModelCardData
 
     results = [result for row in measurements for result in _results(row)]

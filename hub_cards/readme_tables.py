@@ -37,6 +37,10 @@ def results_table(results: Mapping[str, Any]) -> str:
 def fill(text: str, tables: Mapping[str, str]) -> str:
     """Put tables between their markers.
 
+    Args:
+        text: The page.
+        tables: Markdown by the name of the markers.
+
     Raises:
         ValueError: A marker pair is missing.
     """
