@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ __all__ = [
     "read_image",
 ]
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|image/)")
+
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
@@ -41,11 +44,13 @@ class ImageFile:
         source: Its path or address, or the place in a table that `data` was read from.
         name: What people call it: the path inside the folder that was given, or the file's name.
         data: The encoded picture, where it is no file of its own.
+        fetch: Whether the source is an address that the user gave. One that a data set names is not fetched.
     """
 
     source: str
     name: str
     data: bytes | None = field(default=None, repr=False)
+    fetch: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +110,25 @@ def read_image(picture: str | os.PathLike | ImageFile) -> Image.Image:
     if not isinstance(picture, ImageFile):
         return load_image(picture)
     if picture.data is None:
+        if not picture.fetch:
+            require_no_address(picture.source)
         return load_image(picture.source)
     file = io.BytesIO(picture.data)
     file.name = picture.source  # what an error calls it
     return load_image(file)
+
+
+def require_no_address(source: str) -> None:
+    """Make sure that what a data set names as a picture's file is none: nothing is fetched unless the user says so.
+
+    Raises:
+        UnreadableImage: It is an address.
+    """
+    if _ADDRESS.match(source):
+        raise UnreadableImage(
+            f"cannot read image {source!r}: it is an address that the data set names, and nothing is fetched from "
+            "there; download the pictures first"
+        )
 
 
 def collect_images(inputs: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> list[ImageFile]:
@@ -129,8 +149,7 @@ def collect_images(inputs: Sequence[str | os.PathLike], out: str | os.PathLike |
     found: dict[str, ImageFile] = {}  # by what they really are, so that a file given twice counts once
     for given in [os.fspath(item) for item in inputs]:
         if given.startswith(("http://", "https://")):
-            name = PurePosixPath(unquote(urlsplit(given).path)).name or urlsplit(given).netloc
-            found.setdefault(given, ImageFile(given, name))
+            found.setdefault(given, ImageFile(given, _name_of(given), fetch=True))
             continue
         path = Path(given).expanduser()
         if path.is_dir():
@@ -236,8 +255,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except BaseException:  # an interrupt, too, must leave nothing behind
+    except BaseException as error:  # an interrupt, too, must leave nothing behind
         temporary.unlink(missing_ok=True)
+        _name_file(error, path)
         raise
 
 
@@ -259,9 +279,16 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
         if final.exists():
             final.rmdir()
         os.replace(temporary, final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _name_file(error, final)
         raise
+
+
+def _name_file(error: BaseException, path: Path) -> None:
+    """Let the error of a full disk say which file it is about; Python names the file only where it cannot be opened."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def _umask() -> int:
@@ -278,6 +305,13 @@ def _walk(folder: Path, left_out: Path | None) -> Iterator[Path]:
         for name in sorted(names):
             if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS):
                 yield Path(parent, name)
+
+
+def _name_of(address: str) -> str:
+    """The last part of an address's path, as one file name of every system; else the server's name."""
+    parts = urlsplit(address)
+    name = re.sub(r"[\\\x00-\x1f:*?\"<>|]", "_", PurePosixPath(unquote(parts.path)).name)
+    return name if name.strip(".") else (parts.hostname or "address")
 
 
 def _names(file: ImageFile) -> Iterator[str]:

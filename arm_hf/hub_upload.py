@@ -151,8 +151,8 @@ def _content(api: Any, repo_id: str, destination: Destination) -> tuple[str | No
 @contextmanager
 def _one_line(destination: Destination, token: str, endpoint: str) -> Iterator[None]:
     """Turn what the Hub and the network answer into one `UploadError` line."""
-    from httpx2 import HTTPError, TransportError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
 
     try:
         yield
@@ -163,9 +163,9 @@ def _one_line(destination: Destination, token: str, endpoint: str) -> Iterator[N
         line, cause = "HF_HUB_OFFLINE is set; unset it to publish", error
     except HfHubHTTPError as error:
         line, cause = _answer(error, destination), error
-    except TransportError as error:
+    except httpx.TransportError as error:
         line, cause = f"cannot reach {endpoint} ({type(error).__name__}); check the network and try again", error
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
         # An upload thread wraps what happened to it; the innermost error says it.
         cause = error
         while cause.__cause__ is not None:

@@ -171,12 +171,12 @@ def _part(kind: str, source: Path, clip_name: str | None, revision: str | None) 
 
     auto = getattr(transformers, kind)
     try:
-        return auto.from_pretrained(source)
+        return auto.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if not clip_name:
             what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
             raise OSError(f"{str(source)!r} holds no {what}, and its config names no CLIP to take it from") from error
-    return auto.from_pretrained(clip_name, revision=revision or "main")
+    return auto.from_pretrained(clip_name, revision=revision or "main", trust_remote_code=False)
 
 
 def _copy_adapter(source: Path, target: Path, base_model: str | None) -> None:

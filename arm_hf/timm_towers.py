@@ -87,7 +87,7 @@ def load_open_clip(model_id: str, revision: str | None = None) -> tuple[CLIPMode
         do_center_crop=False,
         **{f"image_{name}": look[name] for name in ("mean", "std") if name in look},
     )
-    tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=False)
     return clip, tokenizer, processor
 
 

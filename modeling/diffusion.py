@@ -152,9 +152,12 @@ class StableDiffusionCompensation:
         if vae.config.force_upcast:
             vae = vae.float()
         text_encoder = CLIPTextModel.from_pretrained(name_or_path, subfolder="text_encoder", dtype=dtype, **plain)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, subfolder="tokenizer", **plain)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, subfolder="tokenizer", trust_remote_code=False, **plain)
         scheduler_config = diffusers.DDPMScheduler.load_config(name_or_path, subfolder="scheduler", **plain)
-        scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_config(scheduler_config)
+        scheduler_class = getattr(diffusers, str(scheduler_config["_class_name"]), None)
+        if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
+            raise ValueError(f"{name_or_path!r} names no scheduler of diffusers: {scheduler_config['_class_name']!r}")
+        scheduler = scheduler_class.from_config(scheduler_config)
         return cls(unet.to(device), vae.to(device), text_encoder.to(device), tokenizer, scheduler, settings)
 
     @property

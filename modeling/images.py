@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from .downloads import DownloadError, download
+
 # Pillow's names of the formats that are opened: photographs and drawings made of pixels. Others (EPS, PDF, WMF) would
 # start foreign programs on a file of unknown origin.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "QOI")
@@ -39,12 +41,13 @@ def load_image(source: Any, timeout: float | None = _DOWNLOAD_TIMEOUT) -> Image.
 
     Args:
         source: A path, an `http(s)://` address, a `data:image/...;base64,` string, an open binary file or bytes; or an
-            image in memory as `to_rgb` takes it. Of an animation the first frame counts.
-        timeout: Seconds to wait for a server; `None` waits for ever.
+            image in memory as `to_rgb` takes it. Of an animation the first frame counts. Addresses of this machine and
+            of private networks are refused unless the environment has ARM_HF_LOCAL_ADDRESSES=1.
+        timeout: Seconds for a download; `None` waits for ever.
 
     Raises:
-        UnreadableImage: If there is no such file, the server does not deliver, the data is broken, cut short or no
-            image, or it would unpack to more pixels than is safe (Pillow's limit, about 179 million).
+        UnreadableImage: If there is no such file, the server does not deliver a picture, the data is broken, cut short
+            or no image, or it would unpack to more pixels than is safe (Pillow's limit, about 179 million).
         TypeError: If the source is of another type.
     """
     if isinstance(source, Image.Image | np.ndarray) or _is_tensor(source):
@@ -241,14 +244,10 @@ def _require_pixels(size: tuple[int, int], name: str) -> None:
 
 
 def _download(address: str, timeout: float | None) -> bytes:
-    from huggingface_hub.utils import httpx
-
     try:
-        answer = httpx.get(address, timeout=timeout, follow_redirects=True)
-        answer.raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise UnreadableImage(f"cannot read image {address!r}: {_one_line(error)}") from error
-    return answer.content
+        return download(address, timeout)
+    except DownloadError as error:
+        raise UnreadableImage(f"cannot read image {address!r}: {error}") from error
 
 
 def _from_data_address(address: str) -> bytes:

@@ -104,7 +104,8 @@ class ProxyFeatures:
             options: Other arguments of the class (`scale`, `mean`, ...) and of `AutoModel.from_pretrained`.
         """
         own = {key: options.pop(key) for key in ("mean", "std", "clip_mean", "clip_std", "scale") if key in options}
-        return cls(AutoModel.from_pretrained(name, **options), kind, **own)
+        trusted = options.pop("trust_remote_code", False)
+        return cls(AutoModel.from_pretrained(name, trust_remote_code=trusted, **options), kind, **own)
 
     def to(self, *args: Any, **kwargs: Any) -> "ProxyFeatures":
         """Move the model to a device or a dtype; pixels follow it, features come back to the pixels' device.

@@ -13,7 +13,8 @@ import datasets
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from arm_hf.modeling.images import load_image
+from arm_hf.folders import require_no_address
+from arm_hf.modeling.images import IMAGE_FORMATS, load_image
 
 FEATURES = datasets.Features(
     {
@@ -141,7 +142,7 @@ class SegmentationData:
         if self.matlab_key is not None:
             return _read_matlab(source, self.matlab_key, _label(row))
         try:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with _open(source) as image:
                 values = np.asarray(image)
         except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read the label map {_label(row)}: {error}") from error
@@ -186,7 +187,17 @@ def ranges(values: Sequence[int] | np.ndarray) -> str:
 
 
 def _source(cell: Mapping[str, Any]) -> str | bytes:
-    return cell["bytes"] if cell["bytes"] is not None else cell["path"]
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    require_no_address(cell["path"])
+    return cell["path"]
+
+
+def _open(source: str | bytes) -> Image.Image:
+    """One of the formats of pixels: others would start foreign programs on what a data set brings."""
+    Image.init()
+    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
 
 
 def _label(row: Mapping[str, Any]) -> str:
@@ -198,7 +209,7 @@ def _label(row: Mapping[str, Any]) -> str:
 def _turn_like(values: np.ndarray, cell: Mapping[str, Any]) -> np.ndarray:
     """Turn labels that lie as the file's pixels do, where the image is shown turned (EXIF)."""
     source = _source(cell)
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with _open(source) as image:
         exif, size = image.getexif(), image.size
     if size != (values.shape[1], values.shape[0]) or exif.get(_ORIENTATION, 1) == 1:
         return values

@@ -52,8 +52,8 @@ class SentenceEncoder:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        self.model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eval()
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str], batch_size: int = 256, progress: str | None = None) -> Tensor:
