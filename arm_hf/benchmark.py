@@ -123,6 +123,12 @@ class Row:
 def build_clip(shape: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """A CLIP of a named shape with random weights and a text tower of one small block.
 
+    Args:
+        shape: One of `SHAPES`.
+        attention: Of transformers, "sdpa" or "eager".
+        dtype: Of the weights.
+        device: Where to.
+
     Raises:
         ValueError: There is no such shape.
     """

@@ -10,6 +10,13 @@ _ASSETS = Path(__file__).parent / "assets"
 def resolve_model(name_or_path: str) -> str:
     """Returns what `from_pretrained` and `pipeline` accept for a model name.
 
+    ```python
+    >>> from arm_hf import resolve_model
+    >>> resolve_model("openai/clip-vit-base-patch16")
+    'openai/clip-vit-base-patch16'
+
+    ```
+
     Args:
         name_or_path: "arm-clip-mini" becomes the path of the embedded folder; a local path or a hub id is returned
             unchanged. A folder called "arm-clip-mini" in the current directory does not shadow the embedded one: write

@@ -221,8 +221,13 @@ class DenseCLIP:
         """Scores of a batch of images, ready for `decide`.
 
         Args:
+            pixel_values: Normalised images, (B, 3, H, W).
+            class_embeddings: L2-normalised, (Q, D).
+            method: Registered name, or a method.
+            method_options: Settings of the method.
             logit_scale: Replaces the method's factor inside the softmax.
             background_queries: Rows of `class_embeddings` that describe the background.
+            outside: Features and maps of other models.
         """
         features = self.features(
             pixel_values,

@@ -220,6 +220,16 @@ def register_method(
 ) -> Callable:
     """Register a method under a name; use it as a decorator on a function or on a `Method` subclass.
 
+    ```python
+    >>> from arm_hf import list_methods, register_method
+    >>> @register_method("last_state", paper="none", summary="project the last hidden state")
+    ... def last_state(context, settings):
+    ...     return context.tower.project(context.trunk.last_input)[:, 1:]
+    >>> "last_state" in list_methods()
+    True
+
+    ```
+
     Args:
         name: What users type; letters, digits and underscores.
         settings: The settings dataclass, a subclass of `MethodSettings`.
@@ -255,12 +265,31 @@ def register_method(
 
 
 def list_methods() -> list[str]:
-    """Names of all registered methods, sorted."""
+    """Names of all registered methods, sorted.
+
+    ```python
+    >>> from arm_hf import list_methods
+    >>> "naclip" in list_methods()
+    True
+
+    ```
+    """
     return sorted(_METHODS)
 
 
 def get_method(name: str) -> Method:
     """The method registered under a name.
+
+    ```python
+    >>> from arm_hf import get_method
+    >>> method = get_method("naclip")
+    >>> method.settings({"gaussian_std": 3.0}).gaussian_std
+    3.0
+
+    ```
+
+    Args:
+        name: What users type.
 
     Raises:
         ValueError: There is none; the message lists the known ones and the nearest.

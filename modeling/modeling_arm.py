@@ -322,6 +322,7 @@ class ARMModel(PreTrainedModel):
         """The host's patch features and the hidden states that ARM reads, in one trunk pass.
 
         Args:
+            pixel_values: Normalised images, (B, 3, H, W).
             method: Registered method; by default `config.method` with `config.method_options`.
             method_options: Settings of the method.
             class_embeddings: E_t, for methods whose features depend on the words.
@@ -464,8 +465,14 @@ class ARMModel(PreTrainedModel):
         """Scores of a batch, ready for `decide`; the product E_t R_v is left to the class-chunked decision.
 
         Args:
+            pixel_values: Normalised images, (B, 3, H, W).
+            class_embeddings: E_t, L2-normalised, (Q, D).
+            method: Registered method; by default `config.method` with `config.method_options`.
+            method_options: Settings of the method.
             use_arm: False gives the host method alone.
             logit_scale: Factor inside the host's softmax without ARM; with ARM it replaces tau of M_c.
+            background_queries: Rows of `class_embeddings` that describe the background.
+            outside: Features of other models.
         """
         self._require_tower()
         if not use_arm:

@@ -347,6 +347,12 @@ class OpenVocabSegmentationPipeline(Pipeline):
         return lambda maps, index: source.compensate(maps, images[members[index]][None].float() / 255)
 
     def postprocess(self, outputs: dict[str, Any], semantic: bool = False) -> list[dict] | dict[str, Any]:
+        """Masks or label map of one image.
+
+        Args:
+            outputs: What the model found for it.
+            semantic: As for the call.
+        """
         # A batch was taken apart by the base class; a single image still is a list of one.
         values = (outputs[key] for key in ("decision", "vocabulary"))
         decision, vocabulary = (value[0] if isinstance(value, list) else value for value in values)

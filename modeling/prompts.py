@@ -278,6 +278,13 @@ def format_labels(labels: Sequence[Label]) -> str:
 class Background:
     """How "none of the labels" is decided. `Background()` is the empty policy: every pixel gets a label.
 
+    ```python
+    >>> from arm_hf import Background
+    >>> Background.parse("0.3|sky|wall")
+    Background(threshold=0.3, words=('sky', 'wall'), name='background')
+
+    ```
+
     Attributes:
         threshold: A pixel whose best class has a probability below this value becomes background. Depends on the number
             of labels and on the logit scale; the papers use 0.1 to 0.5.

@@ -30,6 +30,15 @@ class _Halt(Exception):
 class ProxyFeatures:
     """A frozen ViT as a function from CLIP's normalised pixels (B, 3, H, W) to features (B, C, h, w), not normalised.
 
+    ```python
+    >>> import torch
+    >>> from arm_hf import ProxyFeatures
+    >>> proxy = ProxyFeatures.from_timm("vit_tiny_patch16_224", pretrained=False)  # random weights
+    >>> proxy(torch.zeros(1, 3, 64, 96), "tokens").shape
+    torch.Size([1, 192, 4, 6])
+
+    ```
+
     Args:
         model: A loaded ViT of timm (`VisionTransformer`, `Eva`, ...) or transformers (`ViTModel`, `Dinov2Model`,
             `Dinov2WithRegistersModel`, `DINOv3ViTModel`, ...): its tokens must be one grid of patches, after any number

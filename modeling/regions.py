@@ -17,6 +17,13 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 def regions_from_masks(masks: Iterable[Any], size: tuple[int, int] | None = None) -> Tensor:
     """Integer map of overlapping masks: larger ones are painted first, so that smaller ones stay visible.
 
+    ```python
+    >>> from arm_hf import regions_from_masks
+    >>> regions_from_masks([[[1, 1, 0]], [[1, 0, 0]]]).tolist()
+    [[2, 1, 0]]
+
+    ```
+
     Args:
         masks: Boolean masks (H, W), as arrays, tensors or PIL images.
         size: Height and width, needed where there may be no mask at all.
@@ -140,6 +147,14 @@ def merge_regions(regions: Tensor, grid: tuple[int, int], features: Tensor, dist
 
 def correct_labels(labels: Any, regions: Any, unsegmented: int | None = None) -> Any:
     """CorrCLIP's map correction: the most frequent label of a region becomes the label of all its pixels.
+
+    ```python
+    >>> import numpy as np
+    >>> from arm_hf import correct_labels
+    >>> correct_labels(np.array([[7, 7, 5, 4]]), np.array([[1, 1, 1, 0]])).tolist()
+    [[7, 7, 7, 4]]
+
+    ```
 
     Args:
         labels: Class per pixel, (H, W), an integer array or tensor; "semantic_map" of the pipeline, for example.
