@@ -1,12 +1,11 @@
 """The command `arm-hf`: puts the commands together and runs the one that was asked for.
 
 Exit codes: 0 all went well; 1 some pictures were skipped, or the work broke off; 2 the command line, or an input it
-names, is wrong; 130 interrupted.
+names, is wrong; 130 interrupted (Ctrl-C); 143 told to end (SIGTERM).
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -17,7 +16,7 @@ from arm_hf.commands.app import app as app_command
 from arm_hf.commands.benchmark import benchmark
 from arm_hf.commands.card import card
 from arm_hf.commands.coherence import coherence
-from arm_hf.commands.common import ExitCode, fail, interrupts
+from arm_hf.commands.common import ExitCode, drop_output, fail, interrupts
 from arm_hf.commands.compare import compare
 from arm_hf.commands.data import data
 from arm_hf.commands.evaluate import evaluate, protocols
@@ -76,22 +75,32 @@ app.add_typer(plot)
 
 def main() -> None:
     """Run the command line; the console script `arm-hf` and `python -m arm_hf.cli` call this."""
-    interrupts.watch()
+    with interrupts.watching():
+        code = _run()
+    raise SystemExit(int(code or 0))
+
+
+def _run() -> int | None:
+    code: int | None = None
     try:
         code = app(standalone_mode=False, prog_name="arm-hf")
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        code = ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        # Nobody reads on: end quietly, and keep the interpreter from flushing into the closed pipe once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = interrupts.exit_code
+    except BrokenPipeError:  # nobody reads on: end quietly
+        drop_output(sys.stdout)
+        code = ExitCode.INCOMPLETE
+    except OSError as error:  # of the flush; commands see to their own
+        drop_output(sys.stdout)
+        if not code:
+            fail(f"cannot write to the standard output: {error.strerror or error}")
         code = ExitCode.INCOMPLETE
     except typer.TyperException as error:
         fail(f"{error.format_message()} (see arm-hf --help)")
         code = error.exit_code
-    if code == ExitCode.INTERRUPTED:
+    if code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
         typer.echo("\narm-hf: interrupted; finished pictures are complete, nothing half-written is left", err=True)
-    raise SystemExit(int(code or 0))
+    return code
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ _EXPECTED: dict[str, Color] = {
 }
 
 
+# With more classes no palette keeps them apart, and comparing each with all before it takes minutes.
+_MOST_COMPARED = 1000
+
+
 def label_color(name: str) -> Color:
     """Return the colour a label prefers: the same in every process, picture and vocabulary."""
     if name.casefold() == BACKGROUND_NAME:
@@ -66,6 +70,8 @@ def palette(id2label: Mapping[int, str], kind: str = "vivid") -> dict[int, Color
     """
     if kind not in PALETTES:
         raise ValueError(f"unknown palette {kind!r}; choose one of {', '.join(PALETTES)}")
+    if len(id2label) > _MOST_COMPARED:
+        return {index: label_color(name) for index, name in id2label.items()}
     colors = _vivid if kind == "vivid" else _colorblind
     return dict(zip(id2label, colors(tuple(id2label.values())), strict=True))
 

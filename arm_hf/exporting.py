@@ -246,7 +246,7 @@ def export_onnx(pipe: Any, out: Path, graph: ImageGraph, templates: tuple[str, .
     require_onnx()
     clip = pipe.text_encoder.clip
     shutil.copyfile(onnx_runner.__file__, out / "run.py")
-    pipe.tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
+    (out / "tokenizer.json").write_text(pipe.tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     (out / onnx_runner.SETTINGS).write_text(
         json.dumps(runner_settings(pipe, graph, templates), indent=2) + "\n", encoding="utf-8"
     )
@@ -290,7 +290,9 @@ def export_torch(out: Path, graph: ImageGraph, clip: Any) -> list[Exported]:
     for name, module, sample, shapes in parts:
         with torch.no_grad():
             program = _quietly(torch.export.export, module.eval(), sample, dynamic_shapes=shapes)
-            torch.export.save(program, out / name)
+            content = io.BytesIO()  # torch hides why it could not write to a file
+            torch.export.save(program, content)
+            (out / name).write_bytes(content.getbuffer())
             loaded = torch.export.load(out / name).module()
             difference = max(
                 (loaded(*inputs) - module(*inputs)).abs().max().item() for inputs in checked_inputs(module)

@@ -97,9 +97,14 @@ def check_folder(folder: Path, model: Any) -> Loaded:
     """
     with tempfile.TemporaryDirectory(prefix="arm-hf-") as temporary:
         started = [_start(folder, model, package, Path(temporary)) for package in (True, False)]
-        with_package, alone = (
-            _finish(process, package) for process, package in zip(started, (True, False), strict=True)
-        )
+        try:
+            with_package, alone = (
+                _finish(process, package) for process, package in zip(started, (True, False), strict=True)
+            )
+        finally:  # an interrupt leaves no process behind
+            for process in started:
+                process.kill()
+                process.wait()
     if not with_package.agrees(alone):
         raise ValueError(
             f"the folder gives other labels with arm_hf than with its own code: {_difference(with_package, alone)}"
@@ -139,10 +144,8 @@ def _finish(process: subprocess.Popen, package: bool) -> Loaded:
     way = "with arm_hf" if package else "with trust_remote_code and no arm_hf"
     try:
         output, errors = process.communicate(timeout=TIMEOUT)
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"the built folder did not load {way} within {TIMEOUT} s") from None
     line = next((line for line in output.splitlines() if line.startswith(_MARK)), None)
     if process.returncode != 0 or line is None:
         last = (errors.strip().splitlines() or ["no message"])[-1]

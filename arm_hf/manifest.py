@@ -14,6 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -206,7 +207,7 @@ class Manifest:
             name = "manifest.jsonl" if self.part.count == 1 else f"manifest.{self.part}.jsonl"
             path = self.out / name
             cut = _ends_inside_a_line(path)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+            self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 - open as long as the run
             if cut:
                 self._file.write("\n")
             self._write({"part": str(self.part), "settings": self.settings})
@@ -214,13 +215,17 @@ class Manifest:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps({"run": self.run, **record}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"run": self.run, **record}, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"cannot write {self._file.name!r}: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a line that could not be written is tried once more, and was reported
+                self._file.close()
 
 
 def _ends_inside_a_line(path: Path) -> bool:

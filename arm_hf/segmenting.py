@@ -9,20 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from arm_hf import __version__, resolve_model
+from arm_hf import __version__
 from arm_hf.drawing import DrawingStyle, indexed_png, overlay, segments
 from arm_hf.folders import ImageFile, OutputFiles, Skipped, UnreadableImage, Written, atomic_path, read_image
 from arm_hf.legend import Segment
+from arm_hf.loading import load_pipeline as load_pipeline  # part of what callers of this module need
 from arm_hf.manifest import digest
 from arm_hf.modeling.decision import window_boxes
 from arm_hf.modeling.dense_clip import get_method
 from arm_hf.modeling.prompts import Label, Vocabulary, resolve_templates
 from arm_hf.streaming import WriteBehind, batched_by, mapped_ahead, threads
-
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 Job = tuple[ImageFile, OutputFiles]
 """A picture and where its results go."""
@@ -125,56 +123,6 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def load_pipeline(
-    model: str,
-    revision: str | None = None,
-    device: str | None = None,
-    dtype: str = "float32",
-    trust_remote_code: bool = False,
-) -> Any:
-    """Return the `open-vocab-segmentation` pipeline.
-
-    Args:
-        model: The embedded model's name, a folder, or a hub id; an ARM checkpoint, a plain CLIP, or a CLIP of timm
-            (`timm/vit_base_patch16_clip_224.openai`).
-        revision: Branch, tag or commit of a hub id.
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`; `None` takes an accelerator if there is one, and of several GPUs
-            the one of this process under torchrun or accelerate launch.
-        dtype: One of `DTYPES`; `"auto"` takes what the checkpoint was saved in. All published numbers of the methods
-            were made in half precision, the reference numbers of our tests in float32.
-        trust_remote_code: Whether code that comes with the model may run.
-
-    Raises:
-        ValueError: If the dtype is unknown, or the model cannot be loaded.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    from transformers import pipeline
-
-    from arm_hf.timm_towers import is_open_clip, load_open_clip
-
-    local_rank = os.environ.get("LOCAL_RANK")
-    if device is None and local_rank is not None and torch.cuda.is_available():
-        device = f"cuda:{int(local_rank) % torch.cuda.device_count()}"
-    try:
-        if is_open_clip(model):
-            clip, tokenizer, processor = load_open_clip(model, revision)
-            clip = clip if dtype == "auto" else clip.to(getattr(torch, dtype))
-            parts = {"model": clip, "tokenizer": tokenizer, "image_processor": processor}
-            return pipeline("open-vocab-segmentation", device=device, **parts)
-        return pipeline(
-            "open-vocab-segmentation",
-            model=resolve_model(model),
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
-    # Whatever a model folder, the hub or a device may lack: the first words name it, the cause follows.
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
-        raise ValueError(f"cannot load the model {model!r}: {' '.join(str(error).split())}") from error
-
-
 def default_workers(device_type: str, total: int | None) -> int:
     """Threads that suit a device: none for a few pictures, one beside a model on the CPU, else most cores.
 
@@ -218,10 +166,11 @@ def segment_files(
     Raises:
         ValueError: If the method that the model chooses has no such setting.
     """
-    _check_options(pipe._method_name(settings.method), settings.method_options)
+    own = getattr(pipe.model.config, "method_options", None) if settings.method is None else None
+    _check_options(pipe._method_name(settings.method), {**(own or {}), **settings.method_options})
     arguments = settings.call_arguments()
     size = arguments.pop("batch_size")
-    preprocess, forward, postprocess = pipe._sanitize_parameters(semantic=True, **arguments)
+    preprocess, forward, postprocess = pipe._sanitize_parameters(semantic=True, masks=False, **arguments)
     legend = {"run": digest(record), **record}
 
     def prepare(job: Job) -> tuple[Job, Image.Image, dict[str, list]] | Skipped:
@@ -295,7 +244,8 @@ def _write(
             drawn.save(path, format="PNG")
     # Last, so that a legend says that the picture is done.
     with atomic_path(outputs.legend) as path:
-        path.write_text(readable_json(legend), encoding="utf-8")
+        # A file name that is no Unicode: JSON spells its odd bytes as escapes.
+        path.write_text(readable_json(legend), encoding="utf-8", errors="backslashreplace")
     num_bytes = sum(path.stat().st_size for path in outputs.paths())
     return Written(file, outputs, image.size, found, scores, num_bytes)
 

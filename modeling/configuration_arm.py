@@ -10,11 +10,23 @@ CHOICES = {
     "scale_block": ("eomt", "plain"),
     "loss": ("bce", "bce_refinement", "cross_entropy"),
     "loss_resolution": ("labels", "map"),
+    "pixel_weighting": ("even", "region"),
     "ignored_pixels": ("exclude", "zeros"),
     "checkpoint_contents": ("head", "full"),
     "weight_packing": (None, "int8"),
     "odd_sizes": ("pad", "drop"),
 }
+
+NUMBERS = ("ffn_ratio", "dropout", "refinement_scale", "coarse_scale", "initializer_range")
+WHOLE_NUMBERS = (
+    "num_cross_attention_layers",
+    "num_self_attention_layers",
+    "num_attention_heads",
+    "mlp_layers",
+    "num_scale_blocks",
+    "ignore_index",
+)
+OPTIONAL = ("ffn_ratio", "coarse_scale", "num_scale_blocks")
 
 
 class ARMConfig(PreTrainedConfig):
@@ -55,6 +67,8 @@ class ARMConfig(PreTrainedConfig):
         coarse_scale: tau in Eq. 1; None takes CLIP's learned temperature.
         loss: "bce" on M_f (the paper), "bce_refinement" on M_r alone, or "cross_entropy" on M_f.
         loss_resolution: "labels" upsamples M_f to the label map, "map" brings the labels to H' x W' (nearest).
+        pixel_weighting: "even" (the paper) or "region": every label of an image weighs as the square root of its area,
+            so that trainings of a few hundred steps do not unlearn what is small.
         ignored_pixels: "exclude" leaves them out of the mean; "zeros" keeps them with an all-zero target.
         ignore_index: Label value of ignored pixels.
         templates: Prompt templates: a name of `TEMPLATE_SETS` or a list of templates.
@@ -103,6 +117,7 @@ class ARMConfig(PreTrainedConfig):
     coarse_scale: float | None = None
     loss: str = "bce"
     loss_resolution: str = "labels"
+    pixel_weighting: str = "even"
     ignored_pixels: str = "exclude"
     ignore_index: int = 255
     templates: str | list | tuple = "imagenet80"
@@ -118,10 +133,31 @@ class ARMConfig(PreTrainedConfig):
         # installed package has registered them. The installed class drops the entry, the hub's copy of it keeps it.
         if not type(self).__module__.startswith("transformers_modules."):
             kwargs.pop("custom_pipelines", None)
+        self._check_types()
         super().__post_init__(**kwargs)
         self.fusion_layers = tuple(self.fusion_layers)
         self.method_options = dict(self.method_options or {})
         self._check()
+
+    def _check_types(self) -> None:
+        """A config.json may hold anything."""
+        kinds: dict[str, tuple[str, Any]] = {
+            **dict.fromkeys(NUMBERS, ("a number", int | float)),
+            **dict.fromkeys(WHOLE_NUMBERS, ("a whole number", int)),
+            "fusion_layers": ("a list of whole numbers", list | tuple),
+            "method": ("a name", str),
+            "method_options": ("a mapping or null", dict | None),
+            "clip_config": ("a mapping or null", dict | PreTrainedConfig | None),
+            "clip_name_or_path": ("a name or null", str | None),
+            "clip_revision": ("a name or null", str | None),
+            "adapter": ("a name or null", str | None),
+        }
+        for name, (kind, types) in kinds.items():
+            value = getattr(self, name)
+            if value is None and name in OPTIONAL:
+                continue
+            if not isinstance(value, types) or (isinstance(value, bool) and kind.endswith("number")):
+                raise ValueError(f"{name} must be {kind}, got {value!r}")
 
     def _check(self) -> None:
         for name, allowed in CHOICES.items():

@@ -129,7 +129,7 @@ class ARMModel(PreTrainedModel):
         if not isinstance(clip, CLIPModel):
             options.setdefault("clip_name_or_path", str(clip))
             options.setdefault("clip_revision", revision)
-            clip = _load_clip(clip, revision, **loading)
+            clip = load_clip(clip, revision, **loading)
         clip_config = copy.deepcopy(clip.config)
         for part in (clip_config, clip_config.text_config, clip_config.vision_config):
             part.name_or_path = ""  # a folder of this machine has no place in a checkpoint
@@ -194,7 +194,7 @@ class ARMModel(PreTrainedModel):
             )
         path = cached_file(source, "model.safetensors", **hub)
         arguments = {key: kwargs[key] for key in CLIP_ARGUMENTS if kwargs.get(key) is not None}
-        clip = _load_clip(config.clip_name_or_path, config.clip_revision, **arguments)
+        clip = load_clip(config.clip_name_or_path, config.clip_revision, **arguments)
         _check_tower(clip, config)
         return {**{f"clip.{key}": value for key, value in clip.state_dict().items()}, **load_file(path)}
 
@@ -550,8 +550,18 @@ def _mark_tower_loaded(model: ARMModel, incompatible: Any) -> None:
         model._tower_loaded = True
 
 
-def _load_clip(name: str | os.PathLike, revision: str | None, **arguments: Any) -> CLIPModel:
-    """A complete CLIP from safetensors, or an error."""
+def load_clip(name: str | os.PathLike, revision: str | None = None, **arguments: Any) -> CLIPModel:
+    """A complete CLIP from safetensors, or an error.
+
+    Args:
+        name: Hub id or folder.
+        revision: Commit, tag or branch of a hub id.
+        arguments: Of `CLIPModel.from_pretrained`.
+
+    Raises:
+        OSError: There are no such weights, or they are damaged.
+        ValueError: Some are missing.
+    """
     with _damage_reported(name):
         clip, info = CLIPModel.from_pretrained(
             name, revision=revision or "main", use_safetensors=True, output_loading_info=True, **arguments

@@ -41,7 +41,7 @@ FORWARD_ARGUMENTS = (
     "correct_regions",
     "class_scores",
 )
-POSTPROCESS_ARGUMENTS = ("semantic",)
+POSTPROCESS_ARGUMENTS = ("semantic", "masks")
 
 
 class OpenVocabSegmentationPipeline(Pipeline):
@@ -82,6 +82,11 @@ class OpenVocabSegmentationPipeline(Pipeline):
                     f"{type(self).__name__} needs a {name}: none was found beside the model; pass {name}=..., for "
                     "example that of the CLIP the model was made from"
                 )
+        if len(self.tokenizer) <= len(set(self.tokenizer.all_special_tokens)):
+            raise ValueError(
+                "the tokenizer knows no words: its files (tokenizer.json, or vocab.json and merges.txt) are missing "
+                "beside the model; save it there, or pass tokenizer=..."
+            )
         self._text: TextEncoder | None = None
         self._compensations: dict[str, StableDiffusionCompensation] = {}
 
@@ -111,6 +116,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
                 correct_regions: Give all pixels of a region of `outside["regions"]` the region's most frequent label
                     (CorrCLIP's map correction, for any method).
                 semantic: Return a label map (see below) instead of a list of masks.
+                masks: With `semantic`, False leaves the masks out of `segments`; they take a byte per pixel and class.
                 class_scores: With `semantic`, also return the scores of all classes.
                 batch_size, num_workers: As for every pipeline; images of one batch may differ in size.
                 timeout: Seconds to wait for a URL.
@@ -260,7 +266,10 @@ class OpenVocabSegmentationPipeline(Pipeline):
         vocabulary = Vocabulary.build(candidate_labels, self._background(background))
         image = load_image(image, timeout=timeout)
         pixels = self.image_processor(
-            images=image, size=self._processor_size(size), do_center_crop=False, return_tensors="pt"
+            images=image,
+            size=_at_least_one_pixel(self._processor_size(size), image.size),
+            do_center_crop=False,
+            return_tensors="pt",
         )["pixel_values"][0]
         item = {"pixels": [pixels], "original_size": [(image.height, image.width)], "vocabulary": [vocabulary]}
         if keep_image:
@@ -346,18 +355,21 @@ class OpenVocabSegmentationPipeline(Pipeline):
         images = _flat(inputs["image"])
         return lambda maps, index: source.compensate(maps, images[members[index]][None].float() / 255)
 
-    def postprocess(self, outputs: dict[str, Any], semantic: bool = False) -> list[dict] | dict[str, Any]:
+    def postprocess(
+        self, outputs: dict[str, Any], semantic: bool = False, masks: bool = True
+    ) -> list[dict] | dict[str, Any]:
         """Masks or label map of one image.
 
         Args:
             outputs: What the model found for it.
             semantic: As for the call.
+            masks: As for the call.
         """
         # A batch was taken apart by the base class; a single image still is a list of one.
         values = (outputs[key] for key in ("decision", "vocabulary"))
         decision, vocabulary = (value[0] if isinstance(value, list) else value for value in values)
         labels, confidence = decision["labels"].numpy(), decision["confidence"].float().numpy()
-        segments = describe_segments(labels, confidence, vocabulary.id2label)
+        segments = describe_segments(labels, confidence, vocabulary.id2label, masks or not semantic)
         if not semantic:
             return [{key: segment[key] for key in ("label", "score", "mask")} for segment in segments]
         result = {
@@ -385,13 +397,16 @@ class CLIPerPipeline(OpenVocabSegmentationPipeline):
     default_use_arm = False
 
 
-def describe_segments(labels: np.ndarray, confidence: np.ndarray, id2label: Mapping[int, str]) -> list[dict[str, Any]]:
+def describe_segments(
+    labels: np.ndarray, confidence: np.ndarray, id2label: Mapping[int, str], masks: bool = True
+) -> list[dict[str, Any]]:
     """List the classes of a label map, largest first.
 
     Args:
         labels: Class indices, (H, W).
         confidence: Score per pixel, (H, W).
         id2label: Names.
+        masks: Draw the masks.
 
     Returns:
         `{"label", "score", "mask", "pixels"}` per class that occurs; score is the mean confidence in the mask.
@@ -403,11 +418,20 @@ def describe_segments(labels: np.ndarray, confidence: np.ndarray, id2label: Mapp
         {
             "label": id2label[index],
             "score": float(sums[index] / counts[index]),
-            "mask": Image.fromarray((labels == index).astype(np.uint8) * 255),
+            **({"mask": Image.fromarray((labels == index).astype(np.uint8) * 255)} if masks else {}),
             "pixels": int(counts[index]),
         }
         for index in order
     ]
+
+
+def _at_least_one_pixel(size: dict[str, int], image_size: tuple[int, int]) -> dict[str, int]:
+    """The size to resize to, named in full where a limit on the longer side would leave nothing of the shorter one."""
+    short, limit = size.get("shortest_edge"), size.get("longest_edge")
+    if short is None or limit is None or int(limit * min(image_size) / max(image_size)) >= 1:
+        return size
+    width, height = (min(side, limit) if side == max(image_size) else 1 for side in image_size)
+    return {"height": height, "width": width}
 
 
 def _flat(values: Sequence) -> list:

@@ -429,6 +429,8 @@ def _tidy(text: Any, what: str) -> str:
         raise ValueError(f"{what} must be a string, not {type(text).__name__} ({text!r})")
     if not (tidied := " ".join(text.split())):
         raise ValueError(f"{what} is empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in tidied):
+        raise ValueError(f"{what} is no valid Unicode text: {tidied[:60]!a}")
     return tidied
 
 

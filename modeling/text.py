@@ -1,6 +1,7 @@
 """Words to class embeddings: prompt ensembling on CLIP's text tower, with a cache."""
 
 import hashlib
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ from torch.nn import functional as F
 from .prompts import resolve_templates
 
 MAX_CACHED_WORDS = 50_000
+
+# Threads may share a pipeline; neither the cache nor the tokenizer, whose padding is set for each call, can be shared.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def ensemble(prompt_embeddings: Tensor) -> Tensor:
@@ -86,20 +90,27 @@ class TextEncoder:
         parameter = next(self.clip.text_model.parameters())
         digest = hashlib.sha256("\0".join(templates).encode()).hexdigest()
         keys = [(word, digest, str(parameter.device), parameter.dtype) for word in words]
-        missing = {key: word for key, word in zip(keys, words, strict=True) if key not in self._cache}
-        fresh = dict(zip(missing, self._encode(list(missing.values()), templates), strict=True)) if missing else {}
-        result = torch.stack([fresh[key] if key in fresh else self._cache[key] for key in keys])
-        self._cache.update(fresh)
-        for key in keys:
-            self._cache.move_to_end(key)
-        while len(self._cache) > MAX_CACHED_WORDS:
-            self._cache.popitem(last=False)
+        with _ONE_AT_A_TIME:
+            missing = {key: word for key, word in zip(keys, words, strict=True) if key not in self._cache}
+            fresh = dict(zip(missing, self._encode(list(missing.values()), templates), strict=True)) if missing else {}
+            result = torch.stack([fresh[key] if key in fresh else self._cache[key] for key in keys])
+            self._cache.update(fresh)
+            for key in keys:
+                self._cache.move_to_end(key)
+            while len(self._cache) > MAX_CACHED_WORDS:
+                self._cache.popitem(last=False)
         return result
 
     @torch.no_grad()
     def _encode(self, words: list[str], templates: tuple[str, ...]) -> Tensor:
         prompts = [template.replace("{}", word) for word in words for template in templates]
-        lengths = [len(ids) for ids in self.tokenizer(prompts)["input_ids"]]
+        encoded = self.tokenizer(prompts)["input_ids"]
+        lengths = [len(ids) for ids in encoded]
+        known, highest = self.clip.config.text_config.vocab_size, max(map(max, encoded))
+        if highest >= known:
+            raise ValueError(
+                f"the tokenizer is not this model's: it gives token {highest}, but the text tower knows {known} tokens"
+            )
         too_long = [
             word
             for i, word in enumerate(words)

@@ -176,7 +176,10 @@ def _named(what: str, path: Path, saved_step: int = 0) -> Iterator[None]:
     """Say what could not be written, and what is still there."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # tokenizers raises a bare Exception for a full disk.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         rest = f"; the checkpoint of step {saved_step} is intact, make room and go on with --resume" * bool(saved_step)
         raise OSError(f"cannot write {what} to {str(path)!r}: {reason}{rest}") from error

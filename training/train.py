@@ -29,7 +29,8 @@ from transformers import get_scheduler
 if importlib.util.find_spec("arm_hf") is None:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arm_hf.commands.common import quiet_libraries
+from arm_hf.commands.common import interrupts, printable, quiet_libraries
+from arm_hf.loading import model_errors
 from arm_hf.modeling.text import TextEncoder
 from arm_hf.training.checkpoints import RunFolder
 from arm_hf.training.feature_cache import open_cache
@@ -87,7 +88,7 @@ def train(options: TrainingOptions) -> dict[str, Any]:
 
     # 2. Data and model; the words of each set are encoded once
     sets, ignore_index = open_training_sets(options)
-    with accelerator.main_process_first():
+    with accelerator.main_process_first(), model_errors(options.clip, passed=(OSError, ValueError, ImportError)):
         model, tokenizer, processor = build_model(options, ignore_index)
     if accelerator.is_main_process:
         run.prepare()
@@ -238,11 +239,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     quiet_libraries()
     try:
-        summary = train(parse_options(arguments))
+        with interrupts.watching():
+            summary = train(parse_options(arguments))
     except (ValueError, OSError, ImportError) as error:
         who = f" [process {rank}]" if rank else ""
-        print(f"train.py{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"train.py{who}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:  # before the first step, or pressed twice
+        print("train.py: interrupted; the last checkpoint, if there is one, is intact", file=sys.stderr)
+        return int(interrupts.exit_code)
     if summary["stopped"] is not None:
         print(f"stopped by {signal.Signals(summary['stopped']).name} after step {summary['step']}; go on with --resume")
         return 128 + summary["stopped"]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import ExitCode, one_line_errors
+from .common import ExitCode, one_line_errors, printable
 
 
 def data(
@@ -57,7 +57,7 @@ def data(
         else:
             report = check_folder(source, split, layout, limit, workers, progress)
         for line in report.lines(show):
-            typer.echo(line)
+            typer.echo(printable(line))
         if not report.sound:
             raise typer.Exit(ExitCode.INCOMPLETE)
 

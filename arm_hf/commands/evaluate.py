@@ -10,7 +10,7 @@ import typer
 
 from arm_hf import DEFAULT_MODEL
 
-from .common import one_line_errors, quiet_libraries
+from .common import one_line_errors, printable, quiet_libraries
 
 
 def evaluate(
@@ -162,7 +162,7 @@ def evaluate(
             processes.from_main(lambda: bool(hub.load()))
         if processes.is_main:
             for line in plan.describe(pipe):
-                typer.echo(line)
+                typer.echo(printable(line))
         evaluation = evaluate_data(
             pipe,
             source,
@@ -182,7 +182,7 @@ def evaluate(
             paths = write_results(out, results, evaluation)
             remove_partial(out)
             for line in summary(results):
-                typer.echo(line)
+                typer.echo(printable(line))
             typer.echo(f"results: {', '.join(map(str, paths))}" + (f", {len(drawn)} pictures" if drawn else ""))
         processes.end()
 

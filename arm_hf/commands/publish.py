@@ -38,6 +38,7 @@ def publish(
         from pathlib import Path
 
         from arm_hf.folder_cards import CardRequest
+        from arm_hf.folders import new_folder, output_folder
         from arm_hf.hub_upload import Destination, files_of, require_token, upload
         from arm_hf.publishing import build, check, describe, find_model
 
@@ -45,7 +46,7 @@ def publish(
         source = find_model(model)
         if not dry_run:
             require_token()
-        if keep is not None and Path(keep).exists():
+        if keep is not None and output_folder(keep).exists():
             raise ValueError(f"{keep!r} is there already; choose another folder to --keep")
         quiet_libraries()
         request = CardRequest(results or (), picture or (), license, dataset or ())
@@ -60,7 +61,11 @@ def publish(
             typer.echo("checking ...")
             typer.echo(f"checked: {check(built)}")
             if keep is not None:
-                shutil.copytree(folder, keep)
+                try:
+                    with new_folder(keep) as copy:
+                        shutil.copytree(folder, copy, dirs_exist_ok=True)
+                except shutil.Error as error:  # one entry for each file: (from, to, reason)
+                    raise OSError(f"cannot keep the folder as {keep!r}: {error.args[0][0][2]}") from error
             if dry_run:
                 typer.echo("dry run: nothing was sent")
                 return

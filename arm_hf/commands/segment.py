@@ -12,10 +12,11 @@ import typer
 
 from arm_hf import DEFAULT_MODEL
 
-from .common import ExitCode, interrupts, one_line_errors, quiet_libraries
+from .common import ExitCode, interrupts, one_line_errors, printable, quiet_libraries
 
 # With more pictures than this a progress bar takes the place of the tables.
 _FEW_PICTURES = 5
+_LONGEST_LABEL = 60  # in the tables, in characters
 _SECONDS_BETWEEN_LINES = 30.0  # of progress, where the error stream is no terminal
 
 
@@ -247,14 +248,22 @@ def _report(results: Generator[Any], manifest: Any, total: int | None) -> int:
                 continue
             written += 1
             if few:
-                typer.echo(f"{result.file.name}  {result.size[0]} x {result.size[1]}  ->  {result.outputs.paths()[-1]}")
-                longest = max(len(segment.label) for segment in result.segments)
-                for segment, score in zip(result.segments, result.scores, strict=True):
-                    typer.echo(f"  {segment.label:<{longest}}  {100 * segment.share:5.1f}%  score {score:.2f}")
+                written_to = f"{result.size[0]} x {result.size[1]}  ->  {result.outputs.paths()[-1]}"
+                typer.echo(printable(f"{result.file.name}  {written_to}"))
+                names = [_shown(segment.label) for segment in result.segments]
+                longest = max(map(len, names))
+                for name, segment, score in zip(names, result.segments, result.scores, strict=True):
+                    typer.echo(f"  {name:<{longest}}  {100 * segment.share:5.1f}%  score {score:.2f}")
     typer.echo(_summary(written, len(skipped), manifest, total, time.monotonic() - began))
     for result in skipped:
-        typer.echo(f"arm-hf: skipped: {result.reason}", err=True)
+        typer.echo(f"arm-hf: skipped: {printable(result.reason)}", err=True)
     return len(skipped)
+
+
+def _shown(label: str) -> str:
+    """A label for the terminal: printable, and not longer than a line."""
+    label = printable(label)
+    return label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…"
 
 
 def _summary(written: int, skipped: int, manifest: Any, total: int | None, seconds: float) -> str:

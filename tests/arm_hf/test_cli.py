@@ -252,14 +252,14 @@ class Finalised:
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
 sys.unraisablehook = lambda what: print("dropped", what.exc_type.__name__)
-interrupts.watch()
-interrupts.check()
-thing = Finalised()
-del thing
-try:
+with interrupts.watching():
     interrupts.check()
-except KeyboardInterrupt:
-    print("raised again")
+    thing = Finalised()
+    del thing
+    try:
+        interrupts.check()
+    except KeyboardInterrupt:
+        print("raised again")
 """
     assert run_python(code).split("\n")[:2] == ["dropped KeyboardInterrupt", "raised again"]
 

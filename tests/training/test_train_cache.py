@@ -75,6 +75,10 @@ def test_a_cache_is_used_for_the_same_features_alone(run_training: Run, flags: l
     assert caches() == 3 + len(others)
 
 
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
 def test_a_broken_off_cache_is_completed(
     run_training: Run, flags: list[str], losses: Losses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,10 +90,10 @@ def test_a_broken_off_cache_is_completed(
     def die(self: Views, key):
         seen.append(key)
         if len(seen) == 13:
-            raise KeyboardInterrupt
+            raise Killed
         return read(self, key)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("arm_hf.training.feature_cache.SYNC_EVERY", 1)
         patch.setattr(Views, "__getitem__", die)
         run_training(*other)
