@@ -1,16 +1,26 @@
 # `make` prints this list. PYTHON= chooses the interpreter that .venv is made with, VENV= another folder for it.
+# TESTS= are further words for pytest, such as TESTS="tests/modeling -x" or TESTS="--durations=15 --cov".
+#
+# The default tests take about 8 minutes on two cores. Those marked slow are left out of them because each takes from ten
+# seconds to minutes: trainings and evaluations in several processes that are killed and go on, publishing and loading in
+# fresh interpreters, exports to ONNX and torch.export, the benchmark, big synthetic inputs, notebooks, the page in a
+# browser. `make quickstart` and `make test-app` make virtual environments of their own (some minutes and GB each).
 
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo_output
+TESTS ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := arm_hf modeling training hub_cards tests setup.py
 USER_READY := $(VENV)/.ready-user
 DEV_READY := $(VENV)/.ready-dev
+APP_VENV ?= $(VENV)-app
+APP_PY := $(APP_VENV)/bin/python
+APP_READY := $(APP_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-slow check style types bench wheel card clean
+.PHONY: help demo install test test-slow test-app quickstart check style types bench wheel card clean
 
 help: ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -21,10 +31,16 @@ demo: $(USER_READY) ## Segment two photos with words and say where the pictures 
 install: $(DEV_READY) ## Make .venv with the package (editable) and all that tests and checks need
 
 test: $(DEV_READY) ## Run the default tests
-	$(PY) -m pytest
+	$(PY) -m pytest $(TESTS)
 
 test-slow: $(DEV_READY) ## Run the tests that the default leaves out
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow $(TESTS)
+
+test-app: $(APP_READY) ## Run the page's tests, in a browser too if chromium is there
+	$(APP_PY) -m pytest -m 'slow or not slow' tests/arm_hf/test_app.py
+
+quickstart: $(DEV_READY) ## Install the wheel into an empty environment and run the README's quick start there
+	$(PY) tests/packaging/quick_start.py
 
 check: $(DEV_READY) types ## Lint, check the format, check the types
 	$(PY) -m ruff check $(SOURCES)
@@ -61,6 +77,13 @@ $(PY):
 $(USER_READY): setup.py pyproject.toml | $(PY)
 	@echo "Installing the package and what it needs into $(VENV) (the first time takes some minutes) ..."
 	$(PIP) install --quiet --editable '.[demo]'
+	@touch $@
+
+# A second one, because gradio needs an older pillow than all the other tests run with.
+$(APP_READY): setup.py pyproject.toml
+	@echo "Installing the package and what the page's tests need into $(APP_VENV) (takes some minutes) ..."
+	$(PYTHON) -m venv $(APP_VENV)
+	$(APP_PY) -m pip --disable-pip-version-check install --quiet --editable '.[app,test-app]'
 	@touch $@
 
 $(DEV_READY): setup.py pyproject.toml | $(PY)

@@ -25,9 +25,11 @@ INSTALL_REQUIRES = [
     "diffusers>=0.42.1",
     "peft>=0.21.2",
     "huggingface_hub>=2.4",
-    "jinja2>=3.1",
+    "jinja2>=3.1.6",
     "pyyaml>=6.0",
     "safetensors>=0.8",
+    "tokenizers>=0.23",
+    "pyarrow>=26.0",
     "typer>=0.29",
     "tqdm>=4.70",
     "pillow>=12.3",
@@ -39,15 +41,17 @@ PLOTS = ["matplotlib>=3.11"]
 DATA = ["scipy>=1.17"]
 DEMO = ["scikit-image>=0.26", "scikit-learn>=1.9"]
 EXTRAS_REQUIRE = {
-    "app": ["gradio>=6.31", *DEMO],
+    "app": ["gradio>=6.31", "starlette>=1.10", *DEMO],
     "data": DATA,
     "onnx": ONNX,
     "plots": PLOTS,
     "trackers": ["tensorboard>=2.20"],
     "mini": MINI,
     "demo": DEMO,
+    "test-app": ["pytest>=9.2", "playwright>=1.65"],
     "dev": [
         "pytest>=9.2",
+        "pytest-cov>=7.1",
         "hypothesis>=6.170",
         "ruff==0.17.5",
         "mypy==2.4.1",

@@ -116,6 +116,7 @@ def build(source: Path, folder: Path, repo_id: str, form: str | None = None, car
     packing = "int8" if chosen == "int8" else None
     folder.mkdir(parents=True)
     pipe.save_pretrained(folder, self_contained=chosen != "lean", weight_packing=packing)
+    _drop_other_code(folder)
     if chosen == stored == "int8":  # packing what was packed would round once more
         shutil.copyfile(source / PACKED_WEIGHTS_NAME, folder / PACKED_WEIGHTS_NAME)
     if adapter and chosen == "lean":
@@ -177,6 +178,20 @@ def _part(kind: str, source: Path, clip_name: str | None, revision: str | None) 
             what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
             raise OSError(f"{str(source)!r} holds no {what}, and its config names no CLIP to take it from") from error
     return auto.from_pretrained(clip_name, revision=revision or "main", trust_remote_code=False)
+
+
+def _drop_other_code(folder: Path) -> None:
+    """Take out of tokenizer and processor which code of the source would read them: the folder has its own code only.
+
+    Args:
+        folder: The folder to publish.
+    """
+    for path in folder.glob("*.json"):
+        if path.name == "config.json":
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and record.pop("auto_map", None) is not None:
+            path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _copy_adapter(source: Path, target: Path, base_model: str | None) -> None:

@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import copy
+import io
 import subprocess
 import sys
 import tempfile
@@ -170,3 +171,14 @@ def run_python() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the coverage of each room, where `--cov` measured it."""
+    controller = getattr(config.pluginmanager.get_plugin("_cov"), "cov_controller", None)
+    if getattr(controller, "cov", None) is None:
+        return
+    terminalreporter.section("share of the lines that the tests ran, subprocesses left out")
+    for room in ("arm_hf", "modeling", "training", "hub_cards"):
+        total = controller.cov.report(include=[f"{ROOT / room}/*"], ignore_errors=True, file=io.StringIO())
+        terminalreporter.write_line(f"{room:<10} {total:5.1f} %")
