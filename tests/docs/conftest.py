@@ -1,12 +1,11 @@
 """A desk for the snippets of the documentation: a folder with the files they name, and the models they ask for.
 
 Hub ids are served from a cache made by hand, with a tiny random CLIP behind each. The name of the embedded model leads
-to a tiny model as well, unless `ARM_HF_DOCS_REAL_MODEL=1` is set: then it is itself, and the snippets take minutes.
+to a tiny model as well; slow tests put it right again.
 """
 
 import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from huggingface_hub import constants
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
-import arm_hf
-from arm_hf import ARMModel, OpenVocabSegmentationPipeline, default_model, resolve_model
+from arm_hf import DEFAULT_MODEL, ARMModel, OpenVocabSegmentationPipeline, default_model, resolve_model
 from arm_hf.modeling import method as method_module
 
 HUB_CLIPS = (
@@ -31,7 +29,6 @@ HUB_CLIPS = (
 HUB_ARMS = ("org/arm-clip-b16",)
 COMMIT = "1" * 40
 COLORS = {"cat": (200, 40, 40), "dog": (40, 200, 40), "sky": (40, 40, 200)}
-REAL_MODEL = os.environ.get("ARM_HF_DOCS_REAL_MODEL") == "1"
 
 
 def labelled_folder(folder: Path, images: int = 6) -> Path:
@@ -121,9 +118,8 @@ def desk(tmp_path: Path, tiny_models: Path, photo: Image.Image, root: Path, monk
     monkeypatch.chdir(folder)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tiny_models / "hub"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tiny_models / "hub"))  # for processes that a snippet starts
-    if not REAL_MODEL:
-        monkeypatch.setattr(default_model, "_ASSETS", tiny_models / "assets")
-        assert Path(resolve_model(arm_hf.DEFAULT_MODEL)).is_relative_to(tiny_models)
+    monkeypatch.setattr(default_model, "_ASSETS", tiny_models / "assets")
+    assert Path(resolve_model(DEFAULT_MODEL)).is_relative_to(tiny_models)
     monkeypatch.setattr(method_module, "_METHODS", dict(method_module._METHODS))  # methods that a snippet adds
     yield folder
     for state in (AcceleratorState, GradientState, PartialState):

@@ -1,10 +1,12 @@
 """Every snippet of the documentation runs; one that cannot run here says why, and its commands exist all the same.
 
-A document's blocks run from top to bottom in one folder (`desk`), its Python blocks in one namespace. Before a block that
-cannot run stands `<!-- not run: REASON -->`; it becomes a skipped test, after its options have been checked.
+A document's blocks run from top to bottom in one folder (`desk`), its Python blocks in one namespace. Before a block
+that cannot run stands `<!-- not run: REASON -->`; it becomes a skipped test, after its options have been checked.
 """
 
 import ast
+import dataclasses
+import os
 import re
 import runpy
 import shlex
@@ -17,8 +19,9 @@ from pathlib import Path
 import pytest
 import typer
 
+from arm_hf import default_model
 from arm_hf.cli import app
-from arm_hf.training.options import parse_options
+from arm_hf.training.options import TrainingOptions, parse_options
 from arm_hf.training.train import main as train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +39,7 @@ SLOW = {"arm_hf/EXPORT.md", "arm_hf/guides/publish.md"}
 SHELL = ("bash", "sh")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 MORE = ("...", "…")
+OTHER_PROGRAMS = ("export",)
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -61,13 +65,18 @@ class Block:
         return f"{self.document.relative_to(ROOT)}:{self.line}"
 
     def commands(self) -> Iterator[list[str]]:
-        """The words of every command of a shell block: lines joined, comments and settings of variables left out."""
-        for line in self.code.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                words = words[1:]
-            if words:
-                yield words
+        """The words of every command of a shell block."""
+        return commands_of(self.code)
+
+
+def commands_of(code: str) -> Iterator[list[str]]:
+    """The words of every command: lines joined, comments and settings of variables left out."""
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
+        if words:
+            yield words
 
 
 def blocks_of(document: Path) -> list[Block]:
@@ -148,11 +157,11 @@ def check_options(words: list[str]) -> None:
         path = ROOT / (target.replace(".", "/") + ".py" if kind == "module" else target)
         path = path if path.is_file() else ROOT / target.removeprefix("arm_hf.").replace(".", "/")
         assert kind == "script" or path.with_suffix(".py").is_file() or path.is_dir() or target == "pytest", program
+    elif program == "srun":
+        for inner in commands_of(rest[-1]):
+            check_options(inner)
     else:
         assert program in OTHER_PROGRAMS, f"no test knows the program {program!r}"
-
-
-OTHER_PROGRAMS = ("cd", "export", "git", "srun", "#SBATCH")
 
 
 def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +221,16 @@ def test_snippets_run(document: Path, desk: Path, monkeypatch: pytest.MonkeyPatc
     run_document(document, monkeypatch)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(d, id=name_of(d)) for d in DOCUMENTS if "arm-clip-mini" in d.read_text(encoding="utf-8")],
+)
+def test_snippets_run_on_the_embedded_model(document: Path, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(default_model, "_ASSETS", ROOT / "arm_hf" / "assets")
+    run_document(document, monkeypatch)
+
+
 @pytest.mark.parametrize("block", NOT_RUN_BLOCKS, ids=str)
 def test_what_is_not_run_exists(block: Block) -> None:
     if block.language == "python":
@@ -232,11 +251,57 @@ def test_options_exist(document: Path) -> None:
                 check_options(words)
 
 
+def prose_of(document: Path) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def names_of_options(command: object) -> set[str]:
+    below = getattr(command, "commands", {}).values()
+    own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union(*(names_of_options(each) for each in below))
+
+
+def test_options_in_the_text_exist() -> None:
+    """`arm-hf ...` and `--option` inside of sentences."""
+    known = set().union(*(names_of_options(command) for command in COMMANDS.values()))
+    known |= {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainingOptions)}
+    known |= {"--config", "--help", "--num_processes"}
+    wrong = []
+    for document in DOCUMENTS:
+        for code in re.findall(r"`([^`\n]+)`", prose_of(document)):
+            words = code.split()
+            if words[0] == "arm-hf" and len(words) > 1 and words[1] not in (*COMMANDS, "COMMAND", "--help"):
+                wrong.append(f"{name_of(document)}: {code}")
+            options = [word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)]
+            if words[0].startswith("--") or words[0] == "arm-hf":
+                wrong += [f"{name_of(document)}: {option}" for option in options if option not in known]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "arm-hf segmentize photo.jpg",
+        "arm-hf segment photo.jpg --no-such-option 1",
+        "arm-hf plot scores photo.jpg --labels cat --no-such-option",
+        "arm-hf segment --no-such-option ...",
+        "accelerate launch training/train.py --no-such-option 1",
+        "torchrun -m arm_hf.no_such_module",
+        "make no-such-target",
+        'pip install -e ".[no-such-extra]"',
+        "no-such-program",
+    ],
+)
+def test_what_does_not_exist_is_found(line: str) -> None:
+    with pytest.raises((AssertionError, ValueError, typer.TyperException)):
+        check_options(shlex.split(line))
+
+
 def test_links_lead_somewhere() -> None:
     broken = []
     for document in DOCUMENTS:
-        text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
-        for target in re.findall(r"\]\(([^)#\s]+)", text):
+        for target in re.findall(r"\]\(([^)#\s]+)", prose_of(document)):
             if not target.startswith(("http:", "https:", "mailto:")) and not (document.parent / target).exists():
                 broken.append(f"{name_of(document)}: {target}")
     assert not broken
@@ -253,7 +318,10 @@ def test_first_command_of_the_front_page_in_a_process_of_its_own(desk: Path) -> 
     first = next(words for block in blocks_of(FRONT_PAGE) for words in block.commands() if words[0] == "arm-hf")
     script = Path(sys.executable).with_name("arm-hf")
     program = [str(script)] if script.exists() else [sys.executable, "-m", "arm_hf.cli"]
-    done = subprocess.run([*program, *first[1:]], capture_output=True, text=True, timeout=300, cwd=desk)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*program, *first[1:]], capture_output=True, text=True, timeout=300, cwd=desk, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (desk / "out").glob("photo*")) == [
         "photo.json",
