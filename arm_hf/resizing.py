@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from arm_hf.modeling.pipeline_arm import at_least_one_pixel
+
 INTERPOLATIONS = ("opencv-bilinear", "pil-bicubic", "processor")
 ROUNDINGS = ("pixel", "patch")
 
@@ -128,7 +130,8 @@ def to_pixel_values(
         processor_size: The `size` that the processor gets, with "processor".
     """
     if interpolation == "processor":
-        result = processor(images=image, size=dict(processor_size or {}), do_center_crop=False, return_tensors="pt")
+        wanted = at_least_one_pixel(dict(processor_size or {}), image.size)
+        result = processor(images=image, size=wanted, do_center_crop=False, return_tensors="pt")
         return result["pixel_values"][0]
     if short_side is None:
         raise ValueError(f"{interpolation} needs the length of the shorter side")

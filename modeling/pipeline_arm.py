@@ -267,7 +267,7 @@ class OpenVocabSegmentationPipeline(Pipeline):
         image = load_image(image, timeout=timeout)
         pixels = self.image_processor(
             images=image,
-            size=_at_least_one_pixel(self._processor_size(size), image.size),
+            size=at_least_one_pixel(self._processor_size(size), image.size),
             do_center_crop=False,
             return_tensors="pt",
         )["pixel_values"][0]
@@ -425,8 +425,13 @@ def describe_segments(
     ]
 
 
-def _at_least_one_pixel(size: dict[str, int], image_size: tuple[int, int]) -> dict[str, int]:
-    """The size to resize to, named in full where a limit on the longer side would leave nothing of the shorter one."""
+def at_least_one_pixel(size: dict[str, int], image_size: tuple[int, int]) -> dict[str, int]:
+    """The size to resize to, named in full where a limit on the longer side would leave nothing of the shorter one.
+
+    Args:
+        size: What the image processor is asked for, such as `{"shortest_edge": 336, "longest_edge": 2048}`.
+        image_size: Width and height of the image.
+    """
     short, limit = size.get("shortest_edge"), size.get("longest_edge")
     if short is None or limit is None or int(limit * min(image_size) / max(image_size)) >= 1:
         return size

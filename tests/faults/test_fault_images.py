@@ -200,6 +200,25 @@ def test_sizes_with_pictures_for_people(faults, cli, models, tmp_path, draw, pip
             case.right()
 
 
+def test_sizes_in_an_evaluation(faults, cli, models, tmp_path, draw, labelled):
+    """Labels are counted at the picture's own size."""
+    data, out = labelled(len(SIZES)), tmp_path / "out"
+    for number, (width, height) in enumerate(SIZES):
+        draw(width, height, number).save(data / "images" / f"{number:03}.png")
+        Image.new("L", (width, height), number % 3).save(data / "labels" / f"{number:03}.png")
+    done = cli("evaluate", "--data", data, "--methods", "clearclip", "--model", models / "full", "--device", "cpu",
+               "--out", out, "--pictures", 1)  # fmt: skip
+    with faults.case(GROUP, "evaluate: the run as a whole") as case:
+        assert done.code == 0, done.err + done.crash
+        case.whole(out)
+        case.right()
+    counts = np.load(out / "confusion.npz")["row clearclip"] if done.code == 0 else np.zeros((3, 4))
+    for label in range(3):
+        with faults.case(GROUP, f"evaluate: pixels of label {label}") as case:
+            assert counts[label].sum() == sum(w * h for place, (w, h) in enumerate(SIZES) if place % 3 == label)
+            case.right()
+
+
 def test_arrays(faults, pipe):
     good = np.linspace(0, 1, 12 * 9 * 3).reshape(12, 9, 3)
     hole = good.copy()

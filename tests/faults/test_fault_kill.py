@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ class Server:
         self.process.stdin.write(json.dumps({**request, "unchecked": unchecked}) + "\n")
         self.process.stdin.flush()
         return self._answer()
+
+    def stop(self, process: int, number: signal.Signals) -> None:
+        """Send it a signal, unless it has ended."""
+        assert process > 1, process
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
 
     def end(self) -> tuple[int, str]:
         """Wait for it; exit code (the negative signal where one ended it) and what it printed."""
@@ -180,7 +187,7 @@ def test_killed_at_random_moments(faults, server, work, tmp_path, name):
         with faults.case("kill -9", f"{name}, kill {number}") as case:
             process = server.start(task.program, [*task.arguments(out), *more], task.unchecked)
             time.sleep(moments.uniform(0.2, 0.8) * seconds)
-            os.kill(process, signal.SIGKILL)
+            server.stop(process, signal.SIGKILL)
             code, printed = server.end()
             whole(case, out)
             assert code in (-signal.SIGKILL, 0), printed
@@ -208,7 +215,7 @@ def test_interrupted_at_random_moments(faults, server, work, tmp_path, name):
         with faults.case("signals", f"{name}, {asked.name} {number}") as case:
             process = server.start(task.program, task.arguments(out), task.unchecked)
             time.sleep(moments.uniform(0.05, 0.9) * seconds)
-            os.kill(process, asked)
+            server.stop(process, asked)
             code, printed = server.end()
             assert "Traceback" not in printed, printed
             if out.exists() and name != "cache":
@@ -254,7 +261,7 @@ def test_records_of_the_results_agree(faults, server, work, tmp_path):
     seconds = unbroken(server, task, tmp_path / "unbroken")
     process = server.start(task.program, task.arguments(out))
     time.sleep(0.6 * seconds)
-    os.kill(process, signal.SIGKILL)
+    server.stop(process, signal.SIGKILL)
     server.end()
     with faults.case("kill -9", "segment: the manifest") as case:
         server.start(task.program, [*task.arguments(out), "--resume"])
