@@ -26,6 +26,30 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
+def pixel_weights(labels: Tensor, config: Any) -> Tensor:
+    """What every pixel counts in the mean that `segmentation_loss` is.
+
+    Args:
+        labels: Class index per pixel, (B, H, W), at the resolution of the loss.
+        config: `pixel_weighting`, `loss`, `ignored_pixels` and `ignore_index` are read, see `ARMConfig`.
+
+    Returns:
+        (B, H, W) float32: 0 where a pixel is left out; else 1, or for "region" the inverse square root of the number of
+        pixels of the same label in the image.
+    """
+    labels = labels.long()
+    valid = labels != config.ignore_index
+    counted = torch.ones_like(valid) if config.loss != "cross_entropy" and config.ignored_pixels == "zeros" else valid
+    weights = counted.float()
+    if config.pixel_weighting == "even":
+        return weights
+    batch = torch.arange(len(labels), device=labels.device)[:, None, None]
+    labels_and_rest = torch.where(valid, labels, labels.masked_fill(~valid, -1).amax() + 1)
+    regions = batch * (labels_and_rest.amax() + 1) + labels_and_rest
+    areas = torch.bincount(regions.flatten()).float()
+    return weights * areas.rsqrt()[regions]
+
+
 def segmentation_loss(maps: Tensor, labels: Tensor, config: Any) -> Tensor:
     """Loss of fused maps against a label map.
 
@@ -35,7 +59,8 @@ def segmentation_loss(maps: Tensor, labels: Tensor, config: Any) -> Tensor:
     Args:
         maps: M_f (or M_r for "bce_refinement"), (B, K, H', W').
         labels: Class index per pixel, (B, H, W).
-        config: `loss`, `loss_resolution`, `ignored_pixels` and `ignore_index` are read, see `ARMConfig`.
+        config: `loss`, `loss_resolution`, `pixel_weighting`, `ignored_pixels` and `ignore_index` are read, see
+            `ARMConfig`.
 
     Raises:
         ValueError: A label is out of range or the batch sizes differ.
@@ -50,12 +75,12 @@ def segmentation_loss(maps: Tensor, labels: Tensor, config: Any) -> Tensor:
         labels = F.interpolate(labels[:, None].float(), size=maps.shape[-2:], mode="nearest")[:, 0].long()
     labels = labels.long()
     valid = labels != config.ignore_index
+    weights = pixel_weights(labels, config)  # (B, H, W)
     if config.loss == "cross_entropy":
-        total = F.cross_entropy(maps, labels, ignore_index=config.ignore_index, reduction="sum")
-        return total / valid.sum().clamp_min(1)
-    target = torch.zeros_like(maps)
-    target.scatter_(1, torch.where(valid, labels, 0)[:, None], valid[:, None].to(maps.dtype))
-    if config.ignored_pixels == "zeros":
-        return F.binary_cross_entropy_with_logits(maps, target)
-    per_pixel = F.binary_cross_entropy_with_logits(maps, target, reduction="none").mean(dim=1)  # (B, H, W)
-    return (per_pixel * valid).sum() / valid.sum().clamp_min(1)
+        per_pixel = F.cross_entropy(maps, labels, ignore_index=config.ignore_index, reduction="none")
+    else:
+        target = torch.zeros_like(maps)
+        target.scatter_(1, torch.where(valid, labels, 0)[:, None], valid[:, None].to(maps.dtype))
+        per_pixel = F.binary_cross_entropy_with_logits(maps, target, reduction="none").mean(dim=1)
+    total = weights.sum()
+    return (per_pixel * weights).sum() / torch.where(total > 0, total, 1)

@@ -28,6 +28,7 @@ from arm_hf.folders import atomic_path
 from arm_hf.training.options import TrainingOptions, find_config, parse_options
 
 HOSTS = ("clearclip", "sclip", "naclip", "resclip", "cliper", "gem")
+HOST_OPTIONS = {"resclip": {"pamr_iterations": 0}}  # as in its paper; its code's PAMR over all classes takes most time
 ALONE = "alone"
 
 
@@ -169,7 +170,14 @@ def evaluate_model(
         if not result.exists():
             pipe = pipe or load_pipeline(str(model))
             source = open_data(data / chosen.folder, chosen.split)
-            options = EvaluationOptions(protocol=chosen.protocol, arm=arm, common_input=True, limit=limit, size=336)
+            options = EvaluationOptions(
+                protocol=chosen.protocol,
+                arm=arm,
+                common_input=True,
+                limit=limit,
+                size=336,
+                method_options={host: given for host, given in HOST_OPTIONS.items() if host in hosts},
+            )
             plan = make_plan(pipe, source, hosts, options)
             out = folder / chosen.name
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor
 from arm_hf.default_model import resolve_model
 from arm_hf.modeling.arm import fuse, refinement_map
 from arm_hf.modeling.dense_clip import DenseFeatures
-from arm_hf.modeling.loss import segmentation_loss
+from arm_hf.modeling.loss import pixel_weights, segmentation_loss
 from arm_hf.modeling.method import MethodContext, get_method
 from arm_hf.modeling.modeling_arm import ARMModel
 from arm_hf.modeling.trunk import Padding, TrunkOutput
@@ -45,7 +45,7 @@ def build_model(options: TrainingOptions, ignore_index: int) -> tuple[ARMModel, 
         get_method(options.method).settings(fields["method_options"])
     except TypeError as error:  # a setting that the method does not have
         raise ValueError(str(error)) from error
-    if AutoConfig.from_pretrained(source, **hub).model_type == "arm":
+    if AutoConfig.from_pretrained(source, trust_remote_code=False, **hub).model_type == "arm":
         towers = ARMModel.from_pretrained(source, dtype=torch.float32, **hub)
         known = {"clip_name_or_path": towers.config.clip_name_or_path, "clip_revision": towers.config.clip_revision}
         model = ARMModel.from_clip(towers.clip, **known, **fields)
@@ -63,7 +63,7 @@ def build_model(options: TrainingOptions, ignore_index: int) -> tuple[ARMModel, 
         _copy_arm(model, options.init_arm, options.init_arm == options.clip)
     if not model.config.num_cross_attention_layers and model.arm.deep_norm is not None:
         model.arm.deep_norm.requires_grad_(False)  # nothing reads F_d but M_c
-    tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
     size = {"shortest_edge": options.shortest_edge, "longest_edge": LONGEST_EDGE}
     processor = CLIPImageProcessor.from_pretrained(source, size=size, do_center_crop=False, **hub)
     return model, tokenizer, processor
@@ -71,7 +71,7 @@ def build_model(options: TrainingOptions, ignore_index: int) -> tuple[ARMModel, 
 
 def _copy_arm(model: ARMModel, source: str, same_clip: bool) -> None:
     """Start from the ARM of a checkpoint."""
-    theirs = AutoConfig.from_pretrained(resolve_model(source))
+    theirs = AutoConfig.from_pretrained(resolve_model(source), trust_remote_code=False)
     if theirs.model_type != "arm":
         raise ValueError(f"init_arm must be an ARM checkpoint, but {source!r} holds a {theirs.model_type!r} model")
     if theirs.adapter is not None and not same_clip:
@@ -128,16 +128,15 @@ class Trainee(nn.Module):
         return segmentation_loss(maps, batch["labels"], config)
 
     def counted_pixels(self, labels: Tensor) -> int:
-        """Number of pixels that the loss of a batch is the mean over."""
+        """What a batch counts in the mean over the pixels of a step: pixels, or thousandths where they are weighted."""
         config: Any = self.model.config
         if config.loss_resolution == "map":
             side = (
                 labels.shape[-1] // config.clip_config.vision_config.patch_size * 2**config.num_scale_blocks_for_patch
             )
             labels = F.interpolate(labels[:, None].float(), size=(side, side), mode="nearest")[:, 0]
-        if config.loss != "cross_entropy" and config.ignored_pixels == "zeros":
-            return labels.numel()
-        return int((labels != config.ignore_index).sum())
+        unit = 1 if config.pixel_weighting == "even" else 1000  # sums over processes are whole numbers
+        return round(unit * float(pixel_weights(labels, config).sum(dtype=torch.float64)))
 
 
 def in_float32(features: DenseFeatures) -> DenseFeatures:

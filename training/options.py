@@ -84,6 +84,11 @@ class TrainingOptions:
     loss_resolution: str = option(
         "labels", "M_f upsampled to the label crop, or labels brought to M_f", choices=CHOICES["loss_resolution"]
     )
+    pixel_weighting: str = option(
+        "even",
+        "every pixel alike, or every label of an image by the root of its area",
+        choices=CHOICES["pixel_weighting"],
+    )
     ignored_pixels: str = option(
         "exclude", "leave ignored pixels out, or give them all-zero targets", choices=CHOICES["ignored_pixels"]
     )

@@ -45,7 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--stages", nargs="+", choices=(*STAGES, *FURTHER_STAGES), default=list(STAGES), help="run only these"
     )
-    parser.add_argument("--shortest-edge", type=int, default=336, help="side images are resized to by the model")
+    parser.add_argument("--shortest-edge", type=int, default=392, help="side images are resized to by the model")
     parser.add_argument("--text-steps", type=int, help="steps of the text tower")
     parser.add_argument("--vision-a-steps", type=int, help="steps of the first vision stage")
     parser.add_argument("--vision-b-steps", type=int, help="steps of the second vision stage")

@@ -256,9 +256,15 @@ def test_scale_blocks_by_patch(patch, blocks):
 def test_cpu_path_of_the_scale_block_is_the_transposed_convolution(kind):
     block = ScaleBlock(16, kind)
     maps = noise(2, 16, 5, 7)
-    doubled = block._double(maps)
-    torch.testing.assert_close(doubled, block.upsample(maps), atol=1e-5, rtol=1e-5)
-    assert block(maps).shape == (2, 16, 10, 14)
+    expected = block.activation(block.upsample(maps))
+    if kind == "eomt":
+        expected = block.norm(block.depthwise(expected))
+    for gradients in (True, False):  # two paths
+        with torch.set_grad_enabled(gradients):
+            found, times_three = block(maps), block(maps, 3.0)
+        assert found.shape == (2, 16, 10, 14)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, check_stride=False)
+        torch.testing.assert_close(times_three, 3 * expected, atol=1e-5, rtol=1e-4, check_stride=False)
 
 
 # -- Configuration ---------------------------------------------------------------------------------------------------
@@ -501,10 +507,27 @@ class TestLoss:
         expected = segmentation_loss(maps, labels, config)
         torch.testing.assert_close(segmentation_loss(maps, labels.to(dtype), config), expected)
 
+    @pytest.mark.parametrize("ignored", [255, -100])
+    def test_region_weighting_counts_every_label_by_the_root_of_its_area(self, maps, labels, ignored):
+        labels = torch.where(labels == 255, ignored, labels)
+        up = F.interpolate(maps, size=(12, 16), mode="bilinear", align_corners=False)
+        per_pixel = F.cross_entropy(up, labels, ignore_index=ignored, reduction="none")
+        total, weight = 0.0, 0.0
+        for b in range(len(labels)):
+            for k in labels[b].unique():
+                if k != ignored:
+                    inside = labels[b] == k
+                    total += per_pixel[b][inside].mean() * inside.sum() ** 0.5
+                    weight += inside.sum() ** 0.5
+        config = self.config(loss="cross_entropy", pixel_weighting="region", ignore_index=ignored)
+        torch.testing.assert_close(segmentation_loss(maps, labels, config), total / weight)
+
+    @pytest.mark.parametrize("pixel_weighting", ["even", "region"])
     @pytest.mark.parametrize("loss", ["bce", "cross_entropy"])
-    def test_nothing_labelled_is_zero_not_nan(self, maps, labels, loss):
+    def test_nothing_labelled_is_zero_not_nan(self, maps, labels, loss, pixel_weighting):
         maps.requires_grad_()
-        value = segmentation_loss(maps, torch.full_like(labels, 255), self.config(loss=loss))
+        config = self.config(loss=loss, pixel_weighting=pixel_weighting)
+        value = segmentation_loss(maps, torch.full_like(labels, 255), config)
         value.backward()
         assert value == 0 and maps.grad.abs().sum() == 0
 

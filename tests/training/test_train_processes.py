@@ -52,7 +52,11 @@ def with_output(flags: list[str], tmp_path: Path) -> Callable[..., list[str]]:
     return lambda name, *more: [*flags, "--output-dir", str(tmp_path / name), *more]
 
 
-@pytest.mark.parametrize("variant", [(), ("--cache-features",), ("--lora",)], ids=["plain", "cache", "lora"])
+@pytest.mark.parametrize(
+    "variant",
+    [(), ("--cache-features", "--pixel-weighting", "region"), ("--lora",)],
+    ids=["plain", "cache and weights", "lora"],
+)
 def test_two_processes_give_the_curve_of_one(
     variant: tuple[str, ...], with_output: Callable[..., list[str]], root: Path, losses: Losses, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ class TagStage:
     """Options of the training from tags.
 
     Attributes:
+        num_layers: blocks of the tower; the encoder's last two know less of what things are than those before them.
         views: views in the pool, whose tokens before the last block are computed once.
         size: side of the views in pixels.
         min_share: share of a view that a class must cover to be one of its tags.
@@ -41,6 +42,7 @@ class TagStage:
         seed: of views, batches and words.
     """
 
+    num_layers: int = 10
     views: int = 2000
     size: int = 224
     min_share: float = 0.005

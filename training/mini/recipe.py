@@ -97,7 +97,7 @@ class RecipeOptions:
     photo_side: int = 480
     everyday: int = 21_000
     vocab_size: int = 16_384
-    shortest_edge: int = 336
+    shortest_edge: int = 392  # chosen on val
     arm: dict[str, Any] = field(
         default_factory=lambda: {
             "fusion_layers": (3, 7),
@@ -163,7 +163,7 @@ class RecipeOptions:
         )
     )
     share_of_d: float = 0.7  # chosen on val
-    share_of_e: float = 0.5  # chosen on val
+    share_of_e: float = 0.75  # chosen on val
     arm_stage: ArmStage = field(default_factory=ArmStage)
     fair: TagStage = field(default_factory=TagStage)
 
@@ -338,15 +338,15 @@ class Recipe:
 
     # -- vision --------------------------------------------------------------------------------------------------
 
-    def converted_tower(self) -> CLIPVisionModelWithProjection:
-        """The vision encoder in CLIP's form, before training."""
+    def converted_tower(self, num_layers: int | None = None) -> CLIPVisionModelWithProjection:
+        """The vision encoder in CLIP's form, before training; `num_layers` blocks of it, or as many as the options say."""
         weights = read_onnx_weights(self.options.vision_onnx)
         plain = CropOptions(size=self.options.native_size, colour=0, grey=0, min_zoom=0.6, max_zoom=1)
         calibration = draw_batch(self.photos, self.sampler, plain, 8, 14, self.options.seed + 1).pixels
         tower = build_clip_vision(
             weights,
             calibration,
-            self.options.num_layers,
+            num_layers or self.options.num_layers,
             self.options.native_size,
             constant=self.options.pre_norm_constant,
             seed=self.options.seed,
@@ -413,12 +413,12 @@ class Recipe:
         if (self.work / "fair_clip").is_dir():
             return
         stage = replace(self.options.fair, seed=self.options.seed)
-        tower = self.converted_tower()
+        tower = self.converted_tower(stage.num_layers)
         state, scale = train_from_tags(
             tower, self.photos, self.sampler, self.rules(), self.student_words(), stage, self.work
         )
         text = CLIPTextModelWithProjection.from_pretrained(self.work / "text_student")
-        clip = assemble_clip(self.converted_tower(), text, scale, state)
+        clip = assemble_clip(tower, text, scale, state)
         save_clip(self.work / "fair_clip", clip, self.tokenizer, self.options.shortest_edge)
 
     # -- ARM, export, evaluation -----------------------------------------------------------------------------------
