@@ -339,7 +339,7 @@ class Recipe:
     # -- vision --------------------------------------------------------------------------------------------------
 
     def converted_tower(self, num_layers: int | None = None) -> CLIPVisionModelWithProjection:
-        """The vision encoder in CLIP's form, before training; `num_layers` blocks of it, or as many as the options say."""
+        """The vision encoder in CLIP's form, before training; `num_layers` overrides the options."""
         weights = read_onnx_weights(self.options.vision_onnx)
         plain = CropOptions(size=self.options.native_size, colour=0, grey=0, min_zoom=0.6, max_zoom=1)
         calibration = draw_batch(self.photos, self.sampler, plain, 8, 14, self.options.seed + 1).pixels
