@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import attention_map, merge_heads, split_heads
+from .attention import attention_map, merge_heads, row_blocks, split_heads
 from .cliper_windows import run_windows, window_probabilities
 from .method import Method, MethodContext, MethodSettings, ScoreGate, ScoreMap, register_method, setting
 from .trunk import TrunkRequest
@@ -113,18 +113,47 @@ def balance(weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return 1 / (columns @ weights.transpose(-2, -1)), columns
 
 
-def sharpen(weights: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Symmetrise diag(r) W diag(c), subtract the column mean and clamp at zero, all times two; rows not normalised.
+def fused_attention(total: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """CLIPer's attention of one image: summed maps, normalised once more for every stream, applied to its values.
 
-    One head at a time, so that its (L, L) values stay in the processor's cache from step to step.
+    The map of a stream is relu(S - column mean of S) with rows divided by their sums, S the symmetric half of the
+    balanced map B = diag(r) W diag(c). Factors of rows cancel, so with the columns divided by r it is computed as
+    relu((c_j / r_j) W_ij + (c_i / r_i) W_ji - m_j / (r_i r_j)), m_j = (1 + sum_i B_ij) / L being twice the column mean,
+    applied to r_j v_j, and divided by the same product with r_j.
 
     Args:
-        weights: W of one head, (L, L).
-        rows, columns: r and c, (1, L); the rows of diag(r) W diag(c) sum to one.
+        total: W, (heads, L, L) float32.
+        values: (S, heads, L, d).
+
+    Returns:
+        Attended values (S, heads, L, d), and the map of the last stream averaged over heads, (L, L).
     """
-    balanced = (weights * columns) * rows.T
-    mean = (1 + balanced.sum(dim=0)) / len(weights)  # twice the column mean of the symmetric half
-    return (balanced + balanced.T).sub_(mean).relu_()
+    num_streams, num_heads, length = values.shape[:3]
+    attended, mean = torch.empty_like(values), torch.zeros_like(total[0])
+    factors = []
+    rows = torch.ones_like(total[:, :1])
+    for _ in range(num_streams):
+        rows, columns = balance(total, rows)
+        factors.append((rows, columns))
+    weighted = torch.stack([rows for rows, _ in factors]).transpose(-2, -1) * values  # r_j v_j, (S, heads, L, d)
+    means = []
+    for index, (rows, columns) in enumerate(factors):
+        following = 1 / factors[index + 1][1] if index + 1 < num_streams else rows @ total  # column sums of diag(r) W
+        means.append((1 + columns * following) / (length * rows))
+    for maps, part in row_blocks(num_heads, length):
+        upright = total[maps, part]
+        turned = total[maps, :, part].transpose(1, 2).contiguous()  # W_ji
+        for stream, (rows, columns) in enumerate(factors):
+            own, ratio = rows[maps], columns[maps] / rows[maps]  # (h, 1, L)
+            sharp = upright * ratio
+            sharp.addcmul_(turned, ratio[..., part].transpose(1, 2))
+            sharp.addcmul_(means[stream][maps], 1 / own[..., part].transpose(1, 2), value=-1).relu_()
+            sums = sharp @ own.transpose(1, 2)  # (h, n, 1)
+            product = torch.bmm(sharp.to(values.dtype), weighted[stream, maps].to(values.dtype))
+            attended[stream, maps, part] = product / sums.to(values.dtype)
+            if stream == num_streams - 1:
+                mean[part] += (sharp * (own / (sums * num_heads))).sum(dim=0)
+    return attended, mean
 
 
 @register_method(
@@ -140,9 +169,8 @@ class Cliper(Method):
     """CLIPer's early-layer fusion. The patch features (F_d) are those of the last stream."""
 
     def request(self, settings: CliperSettings, num_blocks: int) -> TrunkRequest:
-        return TrunkRequest(
-            tuple(range(num_blocks)), tuple(range(num_blocks - 1)), position_rule=settings.position_rule
-        )
+        early = tuple(range(num_blocks - 1))
+        return TrunkRequest(tuple(range(num_blocks)), position_rule=settings.position_rule, map_sums=(early,))
 
     def streams(self, context: MethodContext) -> list[Tensor]:
         """Inputs of the last block, one per block: ln_1^i(F_i) for i < n-1, and the raw F_{n-1}, each (B, L, W)."""
@@ -158,7 +186,10 @@ class Cliper(Method):
         values = split_heads(attention.v_proj(normed).flatten(0, 1), attention.num_heads)
         values = values.unflatten(0, normed.shape[:2])  # (S, B, heads, L, d)
         if settings.attention == "fused":
-            attended, weights = self._fused(list(context.trunk.attention_maps.values()), values)
+            total = context.trunk.map_sums[tuple(range(len(normed) - 1))]
+            images = [fused_attention(*pair) for pair in zip(total, values.unbind(1), strict=True)]
+            attended = torch.stack([found for found, _ in images], dim=1)
+            weights = torch.stack([mean for _, mean in images])
         else:
             attended, weights = torch.empty_like(values), values
             for index, (stream, value) in enumerate(zip(normed, values, strict=True)):
@@ -167,41 +198,6 @@ class Cliper(Method):
             weights = weights.float().mean(dim=1)
         tokens = attention.out_proj(merge_heads(attended.flatten(0, 1)))  # (S*B, L, W)
         return tower.project(tokens).unflatten(0, normed.shape[:2]), weights
-
-    @staticmethod
-    def _fused(maps: list[Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
-        """The summed maps, normalised once more for every stream, applied to its values.
-
-        Args:
-            maps: Attention maps of the blocks, each (B, heads, L, L).
-            values: (S, B, heads, L, d).
-
-        Returns:
-            Attended values (S, B, heads, L, d), and the weights of the last stream averaged over heads, (B, L, L).
-        """
-        total = maps[0].float().clone()
-        for others in maps[1:]:
-            total += others
-        num_streams, num_heads = values.shape[0], values.shape[2]
-        images, last = [], []
-        for image, weights in enumerate(total):  # (heads, L, L)
-            rows = torch.ones_like(weights[:, :1])
-            mean = torch.zeros_like(weights[0])
-            streams = []
-            for stream in range(num_streams):
-                rows, columns = balance(weights, rows)
-                heads = []
-                for head in range(num_heads):
-                    value = values[stream, image, head]
-                    sharp = sharpen(weights[head], rows[head], columns[head])
-                    sums = sharp.sum(dim=-1, keepdim=True)
-                    heads.append((sharp.to(value.dtype) @ value) / sums.to(value.dtype))
-                    if stream == num_streams - 1:
-                        mean = mean + sharp / (sums * num_heads)
-                streams.append(torch.stack(heads))
-            images.append(torch.stack(streams))
-            last.append(mean)
-        return torch.stack(images, dim=1), torch.stack(last)
 
     @staticmethod
     def _own_attention(attention: Any, normed: Tensor, value: Tensor, kind: str) -> Tensor:

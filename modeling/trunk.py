@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attention import run_block
+from .attention import plain_cpu, run_block
 
 POSITION_RULES = ("reference", "bilinear", "antialias", "transformers")
 ODD_SIZE_RULES = ("pad", "drop")
@@ -26,7 +26,8 @@ class TrunkRequest:
     Attributes:
         hidden_states: Indices into the residual stream: 0 is the input of the first block (after the pre-norm),
             i the output of the i-th block (1-based), up to n-1, the input of the last block.
-        attention_maps: 0-based indices of the blocks whose softmaxed maps are kept. Only these blocks compute one.
+        attention_maps: 0-based indices of the blocks whose softmaxed maps are kept.
+        map_sums: Groups of blocks, each as its 0-based indices, whose softmaxed maps are added up and not kept.
         heads: 0-based indices of the blocks whose q, k, v are kept.
         position_rule: How the position table is resized to another grid, one of `POSITION_RULES`.
     """
@@ -35,6 +36,7 @@ class TrunkRequest:
     attention_maps: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     position_rule: str = "reference"
+    map_sums: tuple[tuple[int, ...], ...] = ()
 
     def merge(self, other: "TrunkRequest") -> "TrunkRequest":
         """Union of two requests, so that several methods share one pass. The position rules must agree."""
@@ -47,6 +49,7 @@ class TrunkRequest:
             tuple(sorted({*self.attention_maps, *other.attention_maps})),
             tuple(sorted({*self.heads, *other.heads})),
             self.position_rule,
+            tuple(sorted({*self.map_sums, *other.map_sums})),
         )
 
 
@@ -103,6 +106,7 @@ class TrunkOutput:
         pixel_values: The padded, normalised image, (B, 3, H, W).
         hidden_states: The requested states, index -> (B, L, W).
         attention_maps: The requested maps, block -> (B, heads, L, L).
+        map_sums: The requested sums of maps, group of blocks -> (B, heads, L, L) float32.
         heads: The requested projections, block -> (q, k, v), each (B, heads, L, d).
     """
 
@@ -113,6 +117,7 @@ class TrunkOutput:
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     attention_maps: dict[int, Tensor] = field(default_factory=dict)
     heads: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    map_sums: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @property
     def padded_size(self) -> tuple[int, int]:
@@ -233,7 +238,8 @@ class VisionTower:
             raise ValueError(f"pixel_values must be (B, 3, H, W) and not empty, got {tuple(pixel_values.shape)}")
         last = self.num_blocks - 1
         check_layers("hidden state", request.hidden_states, last)
-        check_layers("attention map of block", request.attention_maps, last - 1)
+        summed = [index for group in request.map_sums for index in group]
+        check_layers("attention map of block", [*request.attention_maps, *summed], last - 1)
         check_layers("projections of block", request.heads, last - 1)
 
         padding = Padding.to_multiple(pixel_values.shape[-2], pixel_values.shape[-1], self.patch_size, odd_sizes)
@@ -243,19 +249,33 @@ class VisionTower:
         for index in range(last):
             if index in request.hidden_states:
                 output.hidden_states[index] = hidden
-            wanted = self.blocks[index], hidden, index in request.attention_maps, index in request.heads
+            totals = [self._sum_of(output, group, hidden) for group in request.map_sums if index in group]
+            keep_map = index in request.attention_maps
+            whole_map = keep_map or (bool(totals) and not plain_cpu(hidden))
+            wanted = self.blocks[index], hidden, whole_map, index in request.heads
             if gradient_checkpointing and torch.is_grad_enabled():
                 hidden, weights, heads = checkpoint(run_block, *wanted, use_reentrant=False)
             else:
-                hidden, weights, heads = run_block(*wanted)
+                hidden, weights, heads = run_block(*wanted, () if whole_map else totals)
             if weights is not None:
-                output.attention_maps[index] = weights
+                for total in totals:
+                    total += weights
+                if keep_map:
+                    output.attention_maps[index] = weights
             if heads is not None:
                 output.heads[index] = heads
         if last in request.hidden_states:
             output.hidden_states[last] = hidden
         output.last_input = hidden
         return output
+
+    def _sum_of(self, output: TrunkOutput, group: tuple[int, ...], hidden: Tensor) -> Tensor:
+        """The sum of a group's maps so far."""
+        if group not in output.map_sums:
+            batch, length = hidden.shape[:2]
+            shape = (batch, self.last_block.self_attn.num_heads, length, length)
+            output.map_sums[group] = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
+        return output.map_sums[group]
 
 
 def check_layers(what: str, indices: Sequence[int], highest: int) -> None:

@@ -162,7 +162,9 @@ class TestEveryMethod:
         request = found.method.request(found.settings, 12)
         assert set(found.trunk.attention_maps) == set(request.attention_maps)
         assert set(found.trunk.hidden_states) == {*request.hidden_states, 3, 7}
-        assert own_forward == set(range(11)) - {*request.attention_maps, *request.heads}
+        summed = {index for group in request.map_sums for index in group}
+        assert own_forward == set(range(11)) - {*request.attention_maps, *request.heads, *summed}
+        assert set(found.trunk.map_sums) == set(request.map_sums)
 
     def test_leaves_the_model_and_other_methods_alone(self, dense, tiny_clip, pixels, words, name):
         before = {key: value.clone() for key, value in tiny_clip.state_dict().items()}

@@ -6,8 +6,9 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPModel
 
+from arm_hf.modeling import attention
 from arm_hf.modeling.dense_clip import DenseCLIP
-from arm_hf.modeling.layer_fusion_methods import CLIPER_OPTIONS, balance, sharpen
+from arm_hf.modeling.layer_fusion_methods import CLIPER_OPTIONS, balance, fused_attention
 from arm_hf.modeling.method import get_method
 
 # Data set -> logit scale and attention threshold of the authors' ViT-B/16 configurations.
@@ -146,7 +147,7 @@ def test_windows_must_fit_the_patches(tiny_clip):
         DenseCLIP(tiny_clip.eval()).query_maps(torch.zeros(1, 3, size, size), words, "cliper", {"window": 17})
 
 
-def test_fused_attention_is_normalised_as_the_formula_says():
+def test_fused_attention_is_normalised_as_the_formula_says(monkeypatch):
     weights = torch.rand(3, 7, 7, generator=torch.Generator().manual_seed(0)).softmax(-1)
     rows = torch.ones(3, 1, 7)
     expected = weights
@@ -157,9 +158,13 @@ def test_fused_attention_is_normalised_as_the_formula_says():
     torch.testing.assert_close(rows.transpose(-2, -1) * weights * columns, expected)
     symmetric = (expected + expected.transpose(-2, -1)) / 2
     sharp = (symmetric - symmetric.mean(dim=-2, keepdim=True)).clamp_min(0)
-    for head in range(3):
-        found = sharpen(weights[head], rows[head], columns[head])
-        torch.testing.assert_close(found, 2 * sharp[head], atol=1e-6, rtol=1e-4)
+    sharp = sharp / sharp.sum(dim=-1, keepdim=True)
+    values = torch.randn(3, 3, 7, 4, generator=torch.Generator().manual_seed(1))
+    for block_values in (8, 60, 10_000):  # a row, some rows, all heads at a time
+        monkeypatch.setattr(attention, "BLOCK_VALUES", block_values)
+        found, mean = fused_attention(weights, values)
+        torch.testing.assert_close(found[-1], sharp @ values[-1], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(mean, sharp.mean(dim=0), atol=1e-6, rtol=1e-4)
 
 
 def test_cliper_is_a_plain_restatement_on_any_clip(tiny_clip):

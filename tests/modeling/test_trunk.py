@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from arm_hf.modeling import attention
 from arm_hf.modeling.dense_clip import DenseCLIP
 from arm_hf.modeling.trunk import POSITION_RULES, TrunkRequest, VisionTower
 
@@ -30,6 +31,22 @@ def test_hidden_states_and_maps_are_those_of_transformers(tiny_clip, size):
             torch.testing.assert_close(weights, reference.attentions[index], atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(trunk.last_input, reference.hidden_states[-2], atol=1e-5, rtol=1e-4)
         assert trunk.grid == (size[0] // 16, size[1] // 16)
+
+
+@pytest.mark.parametrize("block_values", [100, 10_000])
+def test_sums_of_maps_are_those_of_the_maps(tiny_clip, pixels, block_values, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_VALUES", block_values)
+    maps = TrunkRequest(attention_maps=(0, 3, 4))
+    sums = TrunkRequest(map_sums=((0, 3), (3, 4)))
+    tower = VisionTower(tiny_clip)
+    with torch.no_grad():
+        kept, found, both = (tower.run(pixels, request) for request in (maps, sums, maps.merge(sums)))
+    with_gradients = tower.run(pixels, sums, gradient_checkpointing=True)
+    expected = {group: sum(kept.attention_maps[index] for index in group) for group in sums.map_sums}
+    for trunk in (found, both, with_gradients):
+        torch.testing.assert_close(dict(trunk.map_sums), expected, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(trunk.last_input, kept.last_input, atol=1e-5, rtol=1e-4)
+    assert found.attention_maps == {} and with_gradients.map_sums[0, 3].requires_grad
 
 
 @torch.no_grad()
