@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from arm_hf.modeling import dual_path_methods
+from arm_hf.modeling import attention, dual_path_methods
 from arm_hf.modeling.dense_clip import DenseCLIP
 from arm_hf.modeling.dual_path_methods import gem_attention
 from arm_hf.modeling.method import get_method
@@ -237,6 +237,19 @@ def test_gem_temperature_of_each_image_is_its_own():
     for index, tau in enumerate((1.0, 6.0)):
         alone = gem_attention(query[index : index + 1], key[index : index + 1], value[index : index + 1], tau)
         torch.testing.assert_close(together[index : index + 1], alone)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+def test_gem_attention_is_the_same_with_and_without_gradients(iterations, monkeypatch):
+    """Without them it runs in blocks of rows on the CPU."""
+    query, key, value = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    tau = torch.tensor([1.0, 300.0])
+    expected = gem_attention(query, key, value, tau, iterations)
+    for block_values in (30, 10_000):  # a few rows, all heads at a time
+        monkeypatch.setattr(attention, "BLOCK_VALUES", block_values)
+        with torch.no_grad():
+            found = gem_attention(query, key, value, tau, iterations)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
