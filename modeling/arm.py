@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import attention_map, split_heads
+from .attention import attention_map, plain_cpu, split_heads
 
 
 def _eager_attention(
@@ -95,14 +95,19 @@ class RefinementBlock(GradientCheckpointingLayer):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a (B, D, H, W) map."""
+    """LayerNorm over the channels of a (B, D, H, W) map, times a factor if one is given."""
 
-    def forward(self, maps: Tensor) -> Tensor:
-        return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def forward(self, maps: Tensor, factor: Tensor | float | None = None) -> Tensor:
+        maps = maps.permute(0, 2, 3, 1)
+        if factor is None:
+            normed = super().forward(maps)
+        else:  # in the affine part it costs nothing
+            normed = F.layer_norm(maps, self.normalized_shape, self.weight * factor, self.bias * factor, self.eps)
+        return normed.permute(0, 3, 1, 2)
 
 
 class ScaleBlock(nn.Module):
-    """Double the resolution of a map: (B, D, h, w) -> (B, D, 2h, 2w).
+    """Double the resolution of a map: (B, D, h, w) -> (B, D, 2h, 2w), times a factor if one is given.
 
     "eomt" is the block of that name in EoMT (Kerssies et al., CVPR 2025), which the paper's wording matches; "plain" is
     a transposed convolution and GELU.
@@ -117,25 +122,28 @@ class ScaleBlock(nn.Module):
         )
         self.norm: Any = ChannelNorm(width) if kind == "eomt" else None
 
-    def forward(self, maps: Tensor) -> Tensor:
-        maps = self.activation(self._double(maps))
-        if self.depthwise is not None:
-            maps = self.norm(self.depthwise(maps))
-        return maps
-
-    def _double(self, maps: Tensor) -> Tensor:
-        assert self.upsample.bias is not None
+    def forward(self, maps: Tensor, factor: Tensor | float | None = None) -> Tensor:
         # A 2x2 stride-2 transposed convolution has no overlap: it is one matrix product per pixel, several times
-        # faster on CPU than the generic kernel. Weight (D_in, D_out, 2, 2). Channels stay last in memory, as the
-        # product, the depth-wise convolution and the norm want them.
-        if maps.device.type != "cpu":
-            return self.upsample(maps)
+        # faster on CPU than the generic kernel.
+        maps = self._doubled_on_cpu(maps) if maps.device.type == "cpu" else self.activation(self.upsample(maps))
+        if self.depthwise is not None:
+            return self.norm(self.depthwise(maps), factor)
+        return maps if factor is None else maps * factor
+
+    def _doubled_on_cpu(self, maps: Tensor) -> Tensor:
+        """Transposed convolution and GELU; channels stay last in memory, as all that follows wants them."""
+        assert self.upsample.bias is not None
         batch, width, height, columns = maps.shape
-        weight = self.upsample.weight.permute(0, 2, 3, 1).reshape(width, -1)  # (D, 2*2*D)
+        weight = self.upsample.weight.permute(0, 2, 3, 1).reshape(width, -1)  # (D_in, D_out, 2, 2) -> (D, 2*2*D)
         pixels = maps.permute(0, 2, 3, 1).reshape(-1, width)  # (B*h*w, D)
         tiles = torch.addmm(self.upsample.bias.repeat(4), pixels, weight)
         tiles = tiles.view(batch, height, columns, 2, 2, -1).transpose(2, 3)  # (B, h, 2, w, 2, D)
-        return tiles.reshape(batch, 2 * height, 2 * columns, -1).permute(0, 3, 1, 2)
+        if plain_cpu(tiles):  # GELU writes to where the values belong
+            doubled = torch.empty(tiles.shape, dtype=tiles.dtype, device=tiles.device)
+            torch.ops.aten.gelu.out(tiles, approximate=self.activation.approximate, out=doubled)
+        else:
+            doubled = self.activation(tiles)
+        return doubled.reshape(batch, 2 * height, 2 * columns, -1).permute(0, 3, 1, 2)
 
 
 class IntermediateFusion(nn.Module):
@@ -193,11 +201,17 @@ class AttentionRefinementModule(nn.Module):
         for block in self.self_attention:
             states = block(states)
         maps = states.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
-        for scale_block in self.scale_blocks:
-            maps = scale_block(maps)
-        if self.output_gain is not None:
-            maps = maps * self.output_gain
-        return maps * self.refinement_scale if self.refinement_scale != 1.0 else maps
+        factor = self._factor()
+        last = len(self.scale_blocks) - 1
+        for index, scale_block in enumerate(self.scale_blocks):
+            maps = scale_block(maps, factor if index == last else None)
+        return maps if last >= 0 or factor is None else maps * factor
+
+    def _factor(self) -> Tensor | float | None:
+        """What R_v is multiplied with."""
+        if self.output_gain is None:
+            return None if self.refinement_scale == 1.0 else self.refinement_scale
+        return self.output_gain * self.refinement_scale
 
 
 def refinement_map(refinement_features: Tensor, class_embeddings: Tensor) -> Tensor:
