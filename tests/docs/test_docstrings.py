@@ -1,8 +1,8 @@
 """Docstrings: everything public has one, it names the arguments, and its examples run.
 
 Functions with a single argument may leave it to the summary, unless they are among the public names of `arm_hf`. The
-commands (`arm_hf/commands`) describe their options by help texts; the making of the embedded model (`training/mini`) is a
-recipe, no interface.
+commands (`arm_hf/commands`) describe their options by help texts. The making of the embedded model (`training/mini`)
+is a recipe, no interface.
 """
 
 import ast
