@@ -103,7 +103,7 @@ def compare(
     if arm not in ARM_CHOICES:
         raise ValueError(f"arm must be one of {', '.join(ARM_CHOICES)}, got {arm!r}")
     if arm != "off" and not has_arm:
-        raise ValueError(f"the model is a {type(model).__name__} without ARM; compare with --no-arm")
+        raise ValueError(f"the model is a {type(model).__name__} without ARM; compare with --arm off")
     dense = model.dense if has_arm else DenseCLIP(model)
     item = pipe.preprocess(image, candidate_labels=labels, background=background, size=size)
     vocabulary: Vocabulary = item["vocabulary"][0]

@@ -96,7 +96,7 @@ def test_the_command_writes_the_picture_once(tmp_path, photo, tiny_clip_folder, 
     again = CliRunner().invoke(app, [*words, "--methods", "clip"])
     assert again.exit_code == 2 and "--overwrite" in again.output
     with_arm = CliRunner().invoke(app, [*words, "--methods", "clip", "--arm", "on", "--overwrite"])
-    assert with_arm.exit_code == 2 and "without ARM" in with_arm.output
+    assert with_arm.exit_code == 2 and "without ARM; compare with --arm off" in with_arm.output
 
 
 def test_segment_accepts_a_method_from_outside(tmp_path, photo, tiny_clip_folder, toy):
