@@ -83,7 +83,7 @@ $(USER_READY): setup.py pyproject.toml | $(PY)
 $(APP_READY): setup.py pyproject.toml
 	@echo "Installing the package and what the page's tests need into $(APP_VENV) (takes some minutes) ..."
 	$(PYTHON) -m venv $(APP_VENV)
-	$(APP_PY) -m pip --disable-pip-version-check install --quiet --editable '.[app,test-app]'
+	$(APP_PY) -m pip --disable-pip-version-check install --quiet --no-compile --editable '.[app,test-app]'
 	@touch $@
 
 $(DEV_READY): setup.py pyproject.toml | $(PY)

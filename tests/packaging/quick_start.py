@@ -102,7 +102,7 @@ def install(wheel: Path, venv: Path, cwd: Path) -> Path:
     run(sys.executable, "-m", "venv", venv, cwd=cwd)
     commands = venv / ("Scripts" if os.name == "nt" else "bin")
     pip = (commands / "python", "-m", "pip", "--disable-pip-version-check", "--quiet")
-    run(*pip, "install", wheel, cwd=cwd)
+    run(*pip, "install", "--no-compile", wheel, cwd=cwd)
     run(*pip, "check", cwd=cwd)
     return commands
 
