@@ -83,9 +83,9 @@ class Work:
     Attributes:
         program: "arm-hf" or "train".
         arguments: Of it, given the folder of the results.
-        again: Further arguments that let it go on.
         same: Compares the results of two runs; fails where they differ.
-        leaves: What `kill -9` may leave beside complete files: nothing but the hidden parts of these folders.
+        again: Further arguments that let it go on.
+        unchecked: Leave out the fresh processes that `publish` starts.
     """
 
     program: str
@@ -182,7 +182,7 @@ def whole(case: Any, out: Path) -> None:
 def test_killed_at_random_moments(faults, server, work, tmp_path, name):
     task, moments = work[name], random.Random(name)
     seconds = unbroken(server, task, tmp_path / "unbroken")
-    out, more = tmp_path / "killed", ()
+    out, more, finished = tmp_path / "killed", (), False
     for number in range(KILLS):
         with faults.case("kill -9", f"{name}, kill {number}") as case:
             process = server.start(task.program, [*task.arguments(out), *more], task.unchecked)
@@ -192,11 +192,11 @@ def test_killed_at_random_moments(faults, server, work, tmp_path, name):
             whole(case, out)
             assert code in (-signal.SIGKILL, 0), printed
             case.right()
-            more = task.again
-            if code == 0:
-                break
+            more, finished = task.again, code == 0
+        if finished:
+            break
     with faults.case("kill -9", f"{name}, and then to the end") as case:
-        if name not in ("export", "publish") or not out.exists():
+        if not finished:
             server.start(task.program, [*task.arguments(out), *more], task.unchecked)
             code, printed = server.end()
             assert code == 0, printed
