@@ -2,41 +2,36 @@
 
     arm-hf benchmark --shape vit-b-16 --height 336 --width 448 --out bench_output
 
-Weights are random unless a model is named; they change no time. Every candidate is timed right after a plain forward
-of transformers (eager attention), round after round, and the ratio is the median over rounds of the two times: a
-machine that slows down slows both. What is timed ends at the scores on the model's grid; the way to pixels depends on
-the picture's size and is timed on its own. Words are encoded beforehand, as they are once per set of words.
+Weights are random unless a model is named; they change no time. The reference is the image forward of transformers with
+eager attention, and every candidate runs right after one. What is timed ends at the scores on the model's grid; the way
+to pixels depends on the picture's size and is timed on its own. Words are encoded beforehand, as they are once per set
+of words.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
-import os
-import platform
-import statistics
+import shutil
+import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from arm_hf import list_methods
+from arm_hf.measuring import Candidate, Row, measure, resident_mib, run_in_child
 from arm_hf.modeling.decision import QueryMaps, decide, window_boxes
 from arm_hf.modeling.dense_clip import DenseCLIP, segment_images
 from arm_hf.modeling.modeling_arm import ARMModel
 from arm_hf.modeling.pamr import PAMR
 from arm_hf.modeling.trunk import Padding
 
-PLAIN = "plain CLIP forward, eager"
-GROUPS = ("plain", "methods", "arm", "windows", "steps", "together")
+SECTIONS = ("methods", "arm", "windows", "pamr", "together", "memory", "bf16", "compile")
+OPT_IN = ("bf16", "compile")
 
 # Width, blocks, heads, patch, image size, projection width of the CLIPs that the papers use.
 SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
@@ -48,7 +43,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
     "tiny": (64, 9, 2, 16, 64, 32),
 }
 
-# Upper bounds on the ratio to the plain forward; for steps and for ARM on what they add to it.
+# Upper bounds on the ratio to the plain forward, stated for ViT-B/16 and one image of 336 x 448 pixels.
 TARGETS: dict[str, float] = {
     **dict.fromkeys(("clip", "maskclip", "sclip", "clearclip", "naclip"), 1.02),
     "resclip, RCS": 1.06,
@@ -58,66 +53,59 @@ TARGETS: dict[str, float] = {
     "gem": 1.3,
     "clip_surgery": 1.06,
     "cliptrase": 1.1,
-    "PAMR(10), 21 maps at full resolution": 0.5,
-    "all methods from shared passes": 3.0,
 }
-ARM_TARGETS = {"ARM": 0.16, "ARM without feed-forward": 0.12}
+PAMR_TARGET = 0.5  # added
+ARM_TARGETS = {"ARM": 0.16, "ARM without feed-forward": 0.12}  # added to the host's ratio
+WINDOWS_TARGET = 1.0  # over the windows one by one
+TOGETHER_TARGET = 3.0
 DECISION_MIB = 2048.0
+ARM_HOSTS = ("clearclip", "sclip", "gem", "clip")
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Something to measure.
-
-    Attributes:
-        name: What the table calls it.
-        group: One of `GROUPS`.
-        run: Does it once.
-        host: Candidate whose time is subtracted; the target then bounds what is added.
-        target: Upper bound on the ratio, or on what is added.
-        most_mib: Upper bound on the peak of memory.
-    """
-
-    name: str
-    group: str
-    run: Callable[[], Any] = field(repr=False)
-    host: str | None = None
-    target: float | None = None
-    most_mib: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured of a candidate.
+@dataclass
+class Bench:
+    """What all sections share.
 
     Attributes:
-        name, group, target, most_mib: As in `Candidate`.
-        milliseconds: Median time.
-        ratio: Median of the time over that of the plain forward just before.
-        low, high: Quartiles of that ratio.
-        added: Median of the ratio minus the host's ratio in the same round, if there is a host.
-        giga_flops: Multiply-adds of matrix products, convolutions and attention times two, in 1e9.
-        flops_ratio: The same over the plain forward's.
-        peak_mib: Greatest size of all tensors made during one run, weights and inputs not counted.
+        clip: The CLIP.
+        pixels: Normalised pixels, (B, 3, H, W).
+        words: Class embeddings, (Q, D).
+        methods: Names of methods; by default all that run without another model's features.
+        arm: An `ARMModel` on this CLIP; by default new ones, with and without feed-forward layers.
+        left_out: What cannot be measured here, with the reason; filled on the way.
     """
 
-    name: str
-    group: str
-    milliseconds: float
-    ratio: float
-    low: float
-    high: float
-    added: float | None
-    giga_flops: float
-    flops_ratio: float
-    peak_mib: float
-    target: float | None
-    most_mib: float | None
+    clip: Any
+    pixels: Tensor
+    words: Tensor
+    methods: Sequence[str] | None = None
+    arm: Any = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def measure(self) -> float:
-        """What the target bounds."""
-        return self.ratio if self.added is None else self.added
+    def __post_init__(self) -> None:
+        eager = eager_copy(self.clip)
+        self.dense = DenseCLIP(self.clip)
+        self.reference = lambda: eager.get_image_features(self.pixels, interpolate_pos_encoding=True)
+        self.standard = self.methods is None
+        self.methods = [name for name in self.methods or list_methods() if self._runs(name)]
+
+    def _runs(self, name: str) -> bool:
+        try:
+            with torch.inference_mode():
+                self.dense.query_maps(self.pixels, self.words, name)
+        except (ImportError, ValueError) as error:  # it wants another model's features, or an extra
+            self.left_out[name] = str(error)
+            return False
+        return True
+
+    def method(self, name: str, **options: Any) -> Callable[[], QueryMaps]:
+        """A run of a method up to its scores.
+
+        Args:
+            name: Registered method.
+            options: Its settings.
+        """
+        return lambda: self.dense.query_maps(self.pixels, self.words, name, options)
 
 
 def build_clip(shape: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
@@ -125,7 +113,7 @@ def build_clip(shape: str, attention: str = "sdpa", dtype: torch.dtype = torch.f
 
     Args:
         shape: One of `SHAPES`.
-        attention: Of transformers, "sdpa" or "eager".
+        attention: Of transformers, such as "sdpa" or "eager".
         dtype: Of the weights.
         device: Where to.
 
@@ -162,339 +150,254 @@ def eager_copy(clip: Any) -> Any:
     return model
 
 
-def candidates(
-    clip: Any,
-    pixels: Tensor,
-    words: Tensor,
-    methods: Sequence[str] | None = None,
-    groups: Sequence[str] = GROUPS,
-    arm: Any = None,
-) -> tuple[list[Candidate], dict[str, str]]:
-    """What is measured, and what cannot be measured here, with the reason.
+def _methods(bench: Bench) -> list[Candidate]:
+    def plain() -> Any:
+        return bench.clip.get_image_features(bench.pixels, interpolate_pos_encoding=True)
 
-    Args:
-        clip: The CLIP.
-        pixels: Normalised pixels, (B, 3, H, W).
-        words: Class embeddings, (Q, D).
-        methods: Names of methods; by default all.
-        groups: Which of `GROUPS`.
-        arm: An `ARMModel` on this CLIP; by default new ones, with and without feed-forward layers.
-    """
-    dense, eager = DenseCLIP(clip), eager_copy(clip)
-    chosen = list_methods() if methods is None else list(methods)
-    found = [Candidate(PLAIN, "plain", lambda: eager.get_image_features(pixels, interpolate_pos_encoding=True))]
-    found.append(
-        Candidate("plain, sdpa", "plain", lambda: clip.get_image_features(pixels, interpolate_pos_encoding=True))
-    )
-
-    def method(title: str, name: str, options: dict | None = None) -> None:
-        def run() -> QueryMaps:
-            return dense.query_maps(pixels, words, name, options)
-
-        found.append(Candidate(title, "methods", run, None, TARGETS.get(title)))
-
-    for name in chosen:
+    found = [Candidate("plain CLIP forward again", bench.reference), Candidate("plain CLIP forward, sdpa", plain)]
+    for name in bench.methods or ():
         if name == "resclip":
-            method("resclip, RCS", name, {"sfr": False})
-            method("resclip, RCS + SFR", name)
+            title = "resclip, RCS"
+            found.append(Candidate(title, bench.method(name, sfr=False), target=TARGETS[title]))
+            title = "resclip, RCS + SFR"
+            found.append(Candidate(title, bench.method(name), target=TARGETS[title]))
         else:
-            method(name, name)
-        if name == "cliper":
-            method("cliper, own windows", name, {"window": 224, "window_stride": 112})
+            found.append(Candidate(name, bench.method(name), target=TARGETS.get(name)))
+    return found
 
-    models = {"ARM": arm or ARMModel.from_clip(clip).eval()}
-    if arm is None:
-        models["ARM without feed-forward"] = ARMModel.from_clip(clip, ffn_ratio=None).eval()
+
+def _arm(bench: Bench) -> list[Candidate]:
+    models = {"ARM": bench.arm or ARMModel.from_clip(bench.clip).eval()}
+    if bench.arm is None:
+        models["ARM without feed-forward"] = ARMModel.from_clip(bench.clip, ffn_ratio=None).eval()
+    names = bench.methods or ()
+    found = []
     for title, model in models.items():
-        for name in [name for name in ("clearclip", "sclip", "gem", "clip") if name in chosen] or chosen[:1]:
+        for name in [name for name in names if name in ARM_HOSTS] or names[:1]:
 
             def refine(model: Any = model, name: str = name) -> Tensor:
-                return model.query_maps(pixels, words, name).chunk()
+                return model.query_maps(bench.pixels, bench.words, name).chunk()
 
-            found.append(Candidate(f"{name} + {title}", "arm", refine, name, ARM_TARGETS.get(title)))
-
-    found += _windows(dense, pixels, words, "sclip" if "sclip" in chosen else chosen[0])
-    found += _steps(models["ARM"], pixels, words)
-    found.append(
-        Candidate(
-            "all methods from shared passes",
-            "together",
-            lambda: _together(dense, pixels, words, [name for name in chosen if name not in left_out]),
-            None,
-            TARGETS["all methods from shared passes"] if methods is None else None,
-        )
-    )
-    left_out: dict[str, str] = {}
-    kept = []
-    for candidate in found:
-        if candidate.name != PLAIN and candidate.group not in groups:
-            continue
-        try:
-            candidate.run()  # the first call also warms up
-        except (ImportError, ValueError) as error:  # a method that wants other models
-            left_out[candidate.name] = str(error)
-            continue
-        kept.append(candidate)
-    return kept, left_out
+            target = ARM_TARGETS.get(title)
+            found.append(Candidate(f"{name} + {title}", refine, bench.method(name), target, "added"))
+    return found
 
 
-def _windows(dense: DenseCLIP, pixels: Tensor, words: Tensor, name: str) -> list[Candidate]:
-    """Sliding windows as one batch, and one after the other as the official code has them."""
-    size = (pixels.shape[-2], pixels.shape[-1])
+def _windows(bench: Bench) -> list[Candidate]:
+    """Sliding windows as one batch, and one after the other as the authors' code has them."""
+    size = (bench.pixels.shape[-2], bench.pixels.shape[-1])
     side = min(*size, 224)
     boxes = window_boxes(size, side, side // 2)
+    names = bench.methods or ()
+    name = "sclip" if "sclip" in names else names[0]
 
-    def maps(crops: Tensor) -> QueryMaps:
-        return dense.query_maps(crops, words, name)
-
-    def segment(batch: int) -> Any:
-        return segment_images(
-            maps, pixels, num_queries=len(words), window=side, stride=side // 2, window_batch_size=batch
+    def segment(batch: int) -> Callable[[], Any]:
+        return lambda: segment_images(
+            lambda crops: bench.dense.query_maps(crops, bench.words, name),
+            bench.pixels,
+            num_queries=len(bench.words),
+            window=side,
+            stride=side // 2,
+            window_batch_size=batch,
         )
 
-    many = f"{name}, {len(boxes)} windows of {side}"
-    return [
-        Candidate(f"{many}, one batch", "windows", lambda: segment(len(boxes))),
-        Candidate(f"{many}, one by one", "windows", lambda: segment(1)),
-    ]
+    batch, alone = segment(len(boxes)), segment(1)
+    title = f"{name}, {len(boxes)} windows of {side}, one batch"
+    found = [Candidate(title, batch, alone, WINDOWS_TARGET, "over", "over one window at a time, decision included")]
+    if "cliper" in names:
+        title, patch = "cliper, own windows", bench.dense.tower.patch_size
+        side -= side % patch
+        run = bench.method("cliper", window=side, window_stride=max(patch, side // 2 // patch * patch))
+        found.append(Candidate(title, run, target=TARGETS[title], note=f"{len(boxes)} windows of {side} and the whole"))
+    return found
 
 
-def _steps(arm: Any, pixels: Tensor, words: Tensor) -> list[Candidate]:
-    """What follows the maps: PAMR, and the decision at the size of a photo with many classes."""
-    size = (pixels.shape[-2], pixels.shape[-1])
+def _pamr(bench: Bench) -> list[Candidate]:
+    size = (bench.pixels.shape[-2], bench.pixels.shape[-1])
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(21, *size, generator=generator).to(pixels.device, torch.float32)
-    pamr = "PAMR(10), 21 maps at full resolution"
-    found = [Candidate(pamr, "steps", lambda: PAMR(pixels[:1])(scores), None, TARGETS[pamr])]
-    width, grid = arm.config.hidden_size, (84, 112)
-    for count in (21, 171, 847):
+    scores = torch.randn(21, *size, generator=generator).to(bench.pixels.device, torch.float32)
+    image = bench.pixels[:1]
+    return [Candidate("PAMR(10), 21 maps at full resolution", lambda: PAMR(image)(scores), target=PAMR_TARGET)]
+
+
+def _together(bench: Bench) -> list[Candidate]:
+    """Maps of all methods, one trunk pass for all that resize the position table alike, and each on its own."""
+    dense, names = bench.dense, list(bench.methods or ())
+    groups = dense.group_by_position_rule(dict.fromkeys(names))
+
+    def shared() -> None:
+        for rule, members in groups.items():
+            trunk = dense.shared_trunk(bench.pixels, rule, members)
+            for _, method, settings, _ in members:
+                dense.maps_of(dense.apply(method, settings, trunk, bench.words), bench.words)
+
+    def alone() -> None:
+        for name in names:
+            dense.query_maps(bench.pixels, bench.words, name)
+
+    note = f"{len(names)} methods, {len(groups)} position rules, so as many trunk passes"
+    target = TOGETHER_TARGET if bench.standard else None
+    return [Candidate("all methods from shared passes", shared, alone, target, "ratio", note)]
+
+
+def decision_peak(count: int, side: int = 1024) -> float:
+    """MiB by which this process grows while it decides `count` classes at side x side; in a process of its own.
+
+    The maps are those of a ViT-B/16 with ARM for 336 x 448 pixels, and are counted with it.
+
+    Args:
+        count: Number of classes.
+        side: Height and width of the label map in pixels.
+    """
+    before = resident_mib()
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
         maps = QueryMaps(
-            torch.rand(1, count, 21, 28, generator=generator).to(pixels),
-            torch.randn(1, width, *grid, generator=generator).to(pixels),
-            F.normalize(torch.randn(count, width, generator=generator), dim=-1).to(pixels),
+            torch.rand(1, count, 21, 28, generator=generator),
+            torch.randn(1, 512, 84, 112, generator=generator),
+            F.normalize(torch.randn(count, 512, generator=generator), dim=-1),
             "sigmoid",
             1.0,
             Padding(),
             (336, 448),
         )
-
-        def run(maps: QueryMaps = maps, count: int = count) -> Any:
-            return decide(maps, [(0, 0, 336, 448)], (336, 448), range(count), output_size=(1024, 1024))
-
-        name = f"decision of {count} classes at 1024 x 1024"
-        found.append(Candidate(name, "steps", run, most_mib=DECISION_MIB))
-    return found
+        decide(maps, [(0, 0, 336, 448)], (336, 448), range(count), output_size=(side, side))
+    return resident_mib(peak=True) - before
 
 
-def _together(dense: DenseCLIP, pixels: Tensor, words: Tensor, methods: Sequence[str]) -> int:
-    """Maps of all methods, one trunk pass for all that resize the position table alike."""
-    count = 0
-    for rule, members in dense.group_by_position_rule(dict.fromkeys(methods)).items():
-        trunk = dense.shared_trunk(pixels, rule, members)
-        for _, method, settings, _ in members:
-            try:
-                dense.maps_of(dense.apply(method, settings, trunk, words), words)
-            except (ImportError, ValueError):  # wants another model: named where it is measured alone
-                continue
-            count += 1
-    return count
+def _memory() -> Iterator[Row]:
+    for count in (171, 847):
+        code = f"from arm_hf.benchmark import decision_peak; print(decision_peak({count}))"
+        peak = run_in_child(code)
+        yield Row(
+            f"decision of {count} classes at 1024 x 1024",
+            "memory",
+            peak_mib=round(peak, 1),
+            target=DECISION_MIB,
+            bound="mib",
+            note="growth of a process that does nothing else",
+        )
 
 
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside, and remembers the most that were alive at once.
+def _other_dtype(bench: Bench) -> list[Candidate]:
+    """The first method and the plain forward with all weights in bfloat16."""
+    name = _plain_method(bench)
+    half = DenseCLIP(copy.deepcopy(bench.clip).to(torch.bfloat16))
+    pixels, words = bench.pixels.to(torch.bfloat16), bench.words.to(torch.bfloat16)
+    own = bench.method(name)
 
-    Buffers inside a kernel do not show. On CUDA the allocator's own count is better (`measure_memory`).
-    """
+    def run() -> QueryMaps:
+        return half.query_maps(pixels, words, name)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        result = function(*arguments, **(options or {}))
-        given = {id(each.untyped_storage()) for each in _tensors((arguments, options))}
-        for each in _tensors(result):
-            storage = each.untyped_storage()
-            key = id(storage)
-            if key not in self._known and key not in given and storage.nbytes():
-                self._known.add(key)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, key, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+    return [Candidate(f"{name} in bfloat16", run, own, bound="over", note=_difference(own(), run()))]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+def _compiled(bench: Bench) -> list[Candidate]:
+    """The same method as `torch.compile` makes it."""
+    if not bench.pixels.is_cuda and shutil.which("c++") is None and shutil.which("g++") is None:
+        raise ValueError("torch.compile needs a C++ compiler on the CPU, and neither c++ nor g++ is on the path")
+    name = _plain_method(bench)
+    own = bench.method(name)
+    compiled = torch.compile(lambda pixels: bench.dense.query_maps(pixels, bench.words, name).coarse, dynamic=False)
+    began = time.perf_counter()
+    coarse = compiled(bench.pixels)
+    note = f"compiled in {time.perf_counter() - began:.0f} s; {_difference(own(), coarse)}"
+    return [Candidate(f"{name} compiled", lambda: compiled(bench.pixels), own, bound="over", note=note)]
 
 
-def measure_memory(run: Callable[[], Any], device: str) -> int:
-    """Bytes alive at the peak of a run.
-
-    Args:
-        run: What is measured; it is called once.
-        device: Where it runs.
-    """
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with PeakMemory() as memory:
-        run()
-    return memory.peak
+def _plain_method(bench: Bench) -> str:
+    names = bench.methods or ()
+    return "clearclip" if "clearclip" in names else names[0]
 
 
-def count_flops(run: Callable[[], Any]) -> int:
-    """Operations of matrix products, convolutions and attention."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+def _difference(own: QueryMaps, other: Any) -> str:
+    """How far other scores are from float32's, in words."""
+    coarse = other.coarse if isinstance(other, QueryMaps) else other
+    largest = (own.coarse.float() - coarse.float()).abs().max().item()
+    same = (own.coarse.argmax(dim=1) == coarse.argmax(dim=1)).float().mean().item()
+    return f"scores differ by at most {largest:.1e}, {100 * same:.1f}% of the patches keep their label"
 
 
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+BUILDERS: dict[str, Callable[[Bench], list[Candidate]]] = {
+    "methods": _methods,
+    "arm": _arm,
+    "windows": _windows,
+    "pamr": _pamr,
+    "together": _together,
+    "bf16": _other_dtype,
+    "compile": _compiled,
+}
 
 
-def measure(
-    found: Sequence[Candidate], rounds: int = 7, device: str = "cpu", threads: int | None = None, progress: bool = False
-) -> list[Row]:
-    """Measure candidates; the first one must be the plain forward.
+def run_sections(
+    bench: Bench,
+    sections: Sequence[str],
+    rounds: int = 7,
+    device: str = "cpu",
+    clock: str = "wall",
+    progress: bool = False,
+) -> Iterator[list[Row]]:
+    """Measure section after section; what cannot be measured goes to `bench.left_out`.
 
     Args:
-        found: From `candidates`.
-        rounds: Times that each is run after a plain forward.
-        device: Where they run.
-        threads: Threads of torch on the CPU.
-        progress: Show a progress bar.
+        bench: Model, image and words.
+        sections: Which of `SECTIONS`.
+        rounds: Times that each candidate is run.
+        device: Where the model is.
+        clock: See `measure`.
+        progress: Show a bar for every section.
 
-    Raises:
-        ValueError: There is no plain forward at the head, or no round.
+    Yields:
+        The rows of a section.
     """
     from tqdm import tqdm
 
-    if not found or found[0].name != PLAIN or rounds < 1:
-        raise ValueError(f"measuring needs {PLAIN!r} first and at least one round")
-    plain, others = found[0], list(found[1:])
-
-    def seconds(candidate: Candidate) -> float:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        candidate.run()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    times: dict[str, list[float]] = {candidate.name: [] for candidate in found}
-    ratios: dict[str, list[float]] = {candidate.name: [] for candidate in found}
-    with torch.inference_mode(), _threads(threads):
-        flops = {candidate.name: count_flops(candidate.run) for candidate in found}
-        memory = {candidate.name: measure_memory(candidate.run, device) for candidate in found}
-        seconds(plain)
-        steps = tqdm(total=rounds * len(others), disable=not progress, unit="run")
-        with steps:
-            for _ in range(rounds):
-                for candidate in others:
-                    steps.set_postfix_str(candidate.name[:40], refresh=False)
-                    reference, own = seconds(plain), seconds(candidate)
-                    times[PLAIN].append(reference)
-                    ratios[PLAIN].append(1.0)
-                    times[candidate.name].append(own)
-                    ratios[candidate.name].append(own / reference)
-                    steps.update()
-    rows = []
-    for candidate in found:
-        values = ratios[candidate.name] or [1.0]
-        added = None
-        if candidate.host in ratios:
-            added = statistics.median(a - b for a, b in zip(values, ratios[candidate.host], strict=True))
-        low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-        rows.append(
-            Row(
-                name=candidate.name,
-                group=candidate.group,
-                milliseconds=round(1e3 * statistics.median(times[candidate.name] or [0.0]), 2),
-                ratio=round(statistics.median(values), 3),
-                low=round(low, 3),
-                high=round(high, 3),
-                added=None if added is None else round(added, 3),
-                giga_flops=round(flops[candidate.name] / 1e9, 3),
-                flops_ratio=round(flops[candidate.name] / max(1, flops[PLAIN]), 3),
-                peak_mib=round(memory[candidate.name] / 2**20, 1),
-                target=candidate.target,
-                most_mib=candidate.most_mib,
-            )
-        )
-    return rows
-
-
-def machine(device: str, dtype: torch.dtype, threads: int | None) -> dict[str, Any]:
-    """What the figures depend on beside the code.
-
-    Args:
-        device: Where the candidates ran.
-        dtype: Of the weights.
-        threads: Of torch on the CPU; None is torch's own choice.
-    """
-    import transformers
-
-    named = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
-    return {
-        "device": named,
-        "cores": os.cpu_count(),
-        "threads": threads or torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    for section in sections:
+        if section == "memory":
+            yield list(_memory())
+            continue
+        try:
+            with torch.inference_mode():
+                candidates = BUILDERS[section](bench)
+                for candidate in candidates:
+                    candidate.run()  # the first call warms up
+        except (ImportError, ValueError, RuntimeError) as error:  # no compiler, a type that an operator lacks
+            bench.left_out[section] = str(error).strip().splitlines()[0]
+            continue
+        with tqdm(
+            total=rounds * len(candidates), disable=not progress, unit="run", desc=section, file=sys.stderr
+        ) as bar:
+            yield measure(bench.reference, candidates, section, rounds, device, clock, bar)
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; "target" says what bound a row has and whether it keeps it."""
+    """The rows as a Markdown table, with what every target says and whether it is kept."""
     lines = [
-        "| | ms | x plain (quartiles) | added | GFLOP | x plain | peak MiB | target |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
+        "| | ms | x plain (quartiles) | FLOPs x plain | added | FLOPs added | over | peak MiB | target | |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
-        target = ""
-        if row.target is not None:
-            target = f"{'met' if row.measure <= row.target else 'missed'}: {row.target:g}"
-        if row.most_mib is not None:
-            target = f"{'met' if row.peak_mib <= row.most_mib else 'missed'}: {row.most_mib:g} MiB"
-        added = "" if row.added is None else f"{row.added:+.2f}"
-        lines.append(
-            f"| {row.name} | {row.milliseconds:.1f} | {row.ratio:.2f} ({row.low:.2f} to {row.high:.2f}) | {added} | "
-            f"{row.giga_flops:.1f} | {row.flops_ratio:.2f} | {row.peak_mib:.0f} | {target} |"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})"
+        target = "" if row.target is None else f"{row.bound} {row.target:g}"
+        remarks = ", ".join(text for text in (row.verdict, row.note) if text)
+        cells = (
+            row.name,
+            _cell(row.milliseconds, ".0f"),
+            ratio,
+            _cell(row.flops_ratio, ".2f"),
+            _cell(row.added, "+.2f"),
+            _cell(row.flops_added, "+.2f"),
+            _cell(row.over, ".2f"),
+            _cell(row.peak_mib, ".0f"),
+            target,
+            remarks,
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def report(rows: Sequence[Row], left_out: dict[str, str], setting: dict[str, Any], where: dict[str, Any]) -> dict:
@@ -506,4 +409,5 @@ def report(rows: Sequence[Row], left_out: dict[str, str], setting: dict[str, Any
         setting: Model, image and classes.
         where: Of `machine`.
     """
-    return {"setting": setting, "machine": where, "rows": [asdict(row) for row in rows], "not_measured": left_out}
+    described = [{**asdict(row), "value": row.value, "verdict": row.verdict} for row in rows]
+    return {"setting": setting, "machine": where, "rows": described, "not_measured": left_out}

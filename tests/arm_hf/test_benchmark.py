@@ -1,4 +1,4 @@
-"""What the benchmark counts, and a loose bound on what the methods cost."""
+"""What the benchmark counts and says, and a loose bound on what the methods cost."""
 
 import json
 import statistics
@@ -8,17 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from arm_hf.benchmark import (
-    PLAIN,
-    Candidate,
-    PeakMemory,
-    build_clip,
-    candidates,
-    count_flops,
-    eager_copy,
-    markdown,
-    measure,
-)
+from arm_hf import benchmark
+from arm_hf.benchmark import Bench, build_clip, eager_copy, markdown, report, run_sections
+from arm_hf.measuring import Candidate, PeakMemory, Row, count_flops, measure, resident_mib, run_in_child
 from arm_hf.modeling.dense_clip import DenseCLIP
 from arm_hf.modeling.modeling_arm import ARMModel
 
@@ -48,27 +40,67 @@ def test_operations_and_memory_are_counted():
     assert 8000 <= memory.peak <= 8100  # two at once, whatever the number of rounds; views are no memory
 
 
-def test_the_table():
-    clip = build_clip("tiny")
+def test_growth_of_a_process_of_its_own():
+    assert resident_mib(peak=True) >= resident_mib() > 10
+    code = (
+        "from arm_hf import measuring as m; before = m.resident_mib(); "
+        "big = bytearray(b'x') * (64 << 20); del big; print(m.resident_mib(peak=True) - before)"
+    )
+    assert 60 < run_in_child(code) < 80
+    with pytest.raises(RuntimeError, match="ValueError: no"):
+        run_in_child("raise ValueError('no')")
+
+
+@pytest.mark.parametrize(
+    ("row", "verdict"),
+    [
+        (Row("a", "x", ratio=1.0, flops_ratio=0.9, target=1.0), "met"),
+        (Row("a", "x", ratio=1.1, flops_ratio=0.9, target=1.0), "missed"),
+        (Row("a", "x", ratio=1.3, flops_ratio=1.2, target=1.0), "floor"),
+        (Row("a", "x", ratio=3.0, added=0.1, target=0.2, bound="added"), "met"),
+        (Row("a", "x", ratio=0.1, added=0.4, flops_added=0.3, target=0.2, bound="added"), "floor"),
+        (Row("a", "x", ratio=0.1, over=1.4, flops_over=1.0, target=1.0, bound="over"), "missed"),
+        (Row("a", "x", peak_mib=5.0, target=4.0, bound="mib"), "missed"),
+        (Row("a", "x", ratio=9.0), ""),
+    ],
+)
+def test_verdicts(row, verdict):
+    assert row.verdict == verdict
+
+
+def test_sections_and_their_tables():
     pixels = torch.zeros(1, 3, 64, 96)
     words = F.normalize(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
-    with torch.inference_mode():
-        found, left_out = candidates(clip, pixels, words, ["clearclip", "proxyclip"], ("methods", "arm"))
-    names = [candidate.name for candidate in found]
-    assert names == [PLAIN, "clearclip", "clearclip + ARM", "clearclip + ARM without feed-forward"]
-    assert "proxy_features" in left_out["proxyclip"]
-    rows = measure(found, rounds=2)
-    by_name = {row.name: row for row in rows}
-    plain, host, refined = by_name[PLAIN], by_name["clearclip"], by_name["clearclip + ARM"]
-    assert plain.ratio == plain.flops_ratio == 1.0 and host.added is None and refined.added is not None
-    assert host.giga_flops < plain.giga_flops < refined.giga_flops
-    assert by_name["clearclip + ARM without feed-forward"].giga_flops < refined.giga_flops
-    assert all(row.low <= row.ratio <= row.high and row.peak_mib > 0 for row in rows)
-    table = markdown(rows)
-    assert len(table.splitlines()) == 2 + len(rows) and "| clearclip + ARM |" in table
-    for wrong in ([], [Candidate("x", "methods", lambda: None)]):
-        with pytest.raises(ValueError, match="needs 'plain CLIP forward, eager' first"):
-            measure(wrong)
+    bench = Bench(build_clip("tiny"), pixels, words, ["clearclip", "proxyclip"])
+    assert bench.methods == ["clearclip"] and "proxy_features" in bench.left_out["proxyclip"]
+    methods, arm, windows, together = run_sections(bench, ["methods", "arm", "windows", "together"], rounds=2)
+    plain, _, host = methods
+    refined, light = arm
+    assert [row.name for row in arm] == ["clearclip + ARM", "clearclip + ARM without feed-forward"]
+    assert plain.flops_ratio == 1.0 and host.added is None and host.flops_ratio < 1 and host.bound == "ratio"
+    assert refined.bound == "added" and refined.added is not None and refined.flops_added > light.flops_added > 0
+    assert windows[0].bound == "over" and windows[0].over > 0 and windows[0].flops_over == 1.0
+    assert together[0].note.startswith("1 methods, 1 position rules")
+    assert all(row.low <= row.ratio <= row.high and row.least <= row.ratio and row.peak_mib > 0 for row in methods)
+    table = markdown([*methods, *arm])
+    assert len(table.splitlines()) == 2 + len(methods) + len(arm) and "| clearclip + ARM |" in table
+    record = json.loads(json.dumps(report(arm, bench.left_out, {}, {})))
+    assert record["rows"][0]["value"] == refined.added and record["rows"][0]["verdict"] == refined.verdict
+    with pytest.raises(ValueError, match="at least one round and a clock of wall, cpu"):
+        measure(bench.reference, [Candidate("x", bench.reference)], "methods", rounds=0)
+
+
+def test_what_cannot_be_measured_is_named_with_the_reason(monkeypatch):
+    bench = Bench(build_clip("tiny"), torch.zeros(1, 3, 64, 96), torch.eye(3, 32), ["clip"])
+    monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)
+    assert list(run_sections(bench, ["compile"], rounds=1)) == []
+    assert "needs a C++ compiler" in bench.left_out["compile"]
+
+
+@pytest.mark.parametrize("count", [171, 847])
+@pytest.mark.slow
+def test_many_classes_at_a_large_size_stay_within_memory(count):
+    assert run_in_child(f"from arm_hf.benchmark import decision_peak; print(decision_peak({count}))") < 2048
 
 
 @pytest.mark.slow
@@ -77,7 +109,8 @@ def test_the_command_writes_json_and_a_table(tmp_path, run_python):
 import sys
 from arm_hf.cli import main
 sys.argv = ["arm-hf", "benchmark", "--shape", "tiny", "--height", "64", "--width", "96", "--methods", "sclip,naclip",
-            "--groups", "methods,windows", "--rounds", "2", "--threads", "1", "--out", {str(tmp_path)!r}]
+            "--sections", "methods,windows,bf16", "--rounds", "2", "--threads", "1", "--clock", "cpu",
+            "--out", {str(tmp_path)!r}]
 try:
     main()
 except SystemExit as stop:
@@ -86,9 +119,12 @@ except SystemExit as stop:
     printed = run_python(code)
     record = json.loads((tmp_path / "benchmark.json").read_text())
     assert record["machine"]["threads"] == 1 and record["machine"]["dtype"] == "float32" and record["machine"]["torch"]
-    assert [row["name"] for row in record["rows"][:3]] == [PLAIN, "sclip", "naclip"]
-    assert "2 windows of 64, one batch" in printed
-    assert (tmp_path / "benchmark.md").read_text() in printed
+    assert record["setting"]["clock"] == "cpu"
+    rows = {row["name"]: row for row in record["rows"]}
+    assert {"sclip", "naclip", "sclip, 2 windows of 64, one batch"} <= set(rows)
+    assert "of the patches keep their label" in rows["sclip in bfloat16"]["note"]
+    lines = (tmp_path / "benchmark.md").read_text().splitlines()
+    assert set(lines) <= set(printed.splitlines()) and "targets: " in printed
 
 
 @pytest.mark.slow

@@ -1,0 +1,331 @@
+"""Time, memory and operations of things to run, each against a reference that runs right before it.
+
+A machine that slows down slows both, so it is the ratio that is kept, round after round, and its median that counts.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+BOUNDS = ("ratio", "added", "over", "mib")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to measure.
+
+    Attributes:
+        name: What the table calls it.
+        run: Does it once.
+        host: What it is compared with beside the reference, run right before it.
+        target: Upper bound.
+        bound: What the target bounds: "ratio" to the reference, "added" to the host's ratio, time "over" the host's.
+        note: Remark for the table.
+    """
+
+    name: str
+    run: Callable[[], Any] = field(repr=False)
+    host: Callable[[], Any] | None = field(default=None, repr=False)
+    target: float | None = None
+    bound: str = "ratio"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a candidate; None is what was not.
+
+    Attributes:
+        name, target, bound, note: As in `Candidate`; the bound may also be "mib", on the peak of memory.
+        section: Part of the benchmark.
+        milliseconds: Median time.
+        ratio: Median of the time over that of the reference just before.
+        low, high: Quartiles of that ratio.
+        least: Its minimum.
+        added: Median of (time - host's time) / reference's time of a round.
+        over: Median of time / host's time.
+        giga_flops: Multiply-adds of matrix products, convolutions and attention times two, in 1e9.
+        flops_ratio: The same over the reference's.
+        flops_added, flops_over: What the host's leave of it, like `added` and `over`.
+        peak_mib: Greatest size of all tensors made during one run, or what a process of its own grew by.
+    """
+
+    name: str
+    section: str
+    milliseconds: float | None = None
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    least: float | None = None
+    added: float | None = None
+    over: float | None = None
+    giga_flops: float | None = None
+    flops_ratio: float | None = None
+    flops_added: float | None = None
+    flops_over: float | None = None
+    peak_mib: float | None = None
+    target: float | None = None
+    bound: str = "ratio"
+    note: str = ""
+
+    @property
+    def value(self) -> float | None:
+        """What the target bounds."""
+        return self.peak_mib if self.bound == "mib" else getattr(self, self.bound)
+
+    @property
+    def floor(self) -> float | None:
+        """What the operations alone would make of it, at the reference's operations per second."""
+        return {"ratio": self.flops_ratio, "added": self.flops_added, "over": self.flops_over}.get(self.bound)
+
+    @property
+    def verdict(self) -> str:
+        """ "met"; "floor" where the operations alone are more than the target; else "missed"; "" without a target."""
+        if self.target is None or self.value is None:
+            return ""
+        if self.value <= self.target:
+            return "met"
+        return "floor" if self.floor is not None and self.floor > self.target else "missed"
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside, and remembers the most that were alive at once.
+
+    Buffers inside a kernel do not show. On CUDA the allocator's own count is better (`measure_memory`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        given = {id(each.untyped_storage()) for each in _tensors((arguments, options))}
+        for each in _tensors(result):
+            storage = each.untyped_storage()
+            key = id(storage)
+            if key not in self._known and key not in given and storage.nbytes():
+                self._known.add(key)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, key, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def measure_memory(run: Callable[[], Any], device: str) -> int:
+    """Bytes alive at the peak of a run.
+
+    Args:
+        run: What is measured; it is called once.
+        device: Where it runs.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with PeakMemory() as memory:
+        run()
+    return memory.peak
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """Operations of matrix products, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def resident_mib(peak: bool = False) -> float:
+    """Memory of this process, now or at its highest so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would also count what the parent had when it started this process
+        name = "VmHWM" if peak else "VmRSS"
+        found = re.search(rf"{name}:\s+(\d+) kB", status.read_text(encoding="ascii"))
+        if found:
+            return int(found[1]) / 1024
+    import resource
+
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / 2**20 if sys.platform == "darwin" else size / 1024
+
+
+def run_in_child(code: str, timeout: float = 300) -> float:
+    """Run Python code in a process of its own and return the number that it prints last.
+
+    Args:
+        code: Program text.
+        timeout: Seconds.
+
+    Raises:
+        RuntimeError: The process failed; its last line of error is in the message.
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    return float(done.stdout.split()[-1])
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many threads on the CPU inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure(
+    reference: Callable[[], Any],
+    candidates: Sequence[Candidate],
+    section: str,
+    rounds: int = 7,
+    device: str = "cpu",
+    clock: str = "wall",
+    progress: Any = None,
+) -> list[Row]:
+    """Measure candidates of one section.
+
+    Args:
+        reference: What all times are divided by.
+        candidates: What to measure; each has run once already.
+        section: Name of the section.
+        rounds: Times that each is run after the reference.
+        device: Where they run.
+        clock: "wall", or "cpu" for the processor's time, which other processes disturb less; only with one thread.
+        progress: A bar with `update` and `set_postfix_str`, updated once for every run of a candidate.
+
+    Raises:
+        ValueError: There is no round, or no such clock.
+    """
+    if rounds < 1 or clock not in CLOCKS:
+        raise ValueError(
+            f"measuring needs at least one round and a clock of {', '.join(CLOCKS)}; got {rounds}, {clock}"
+        )
+    now = CLOCKS[clock]
+
+    def seconds(run: Callable[[], Any]) -> float:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        began = now()
+        run()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return max(now() - began, 1e-9)
+
+    times: dict[str, list[tuple[float, float, float | None]]] = {candidate.name: [] for candidate in candidates}
+    with torch.inference_mode():
+        counts: dict[Any, int] = {}
+        for run in (reference, *(run for each in candidates for run in (each.run, each.host))):
+            if run is not None and run not in counts:
+                counts[run] = count_flops(run)
+        memory = {candidate.name: measure_memory(candidate.run, device) for candidate in candidates}
+        for _ in range(rounds):
+            for candidate in candidates:
+                if progress is not None:
+                    progress.set_postfix_str(candidate.name[:40], refresh=False)
+                base = seconds(reference)
+                host = None if candidate.host is None else seconds(candidate.host)
+                times[candidate.name].append((base, seconds(candidate.run), host))
+                if progress is not None:
+                    progress.update()
+    rows = []
+    for candidate in candidates:
+        measured = times[candidate.name]
+        ratios = [own / base for base, own, _ in measured]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        flops, plain = counts[candidate.run], max(1, counts[reference])
+        under = None if candidate.host is None else counts[candidate.host]
+        rows.append(
+            Row(
+                name=candidate.name,
+                section=section,
+                milliseconds=round(1e3 * statistics.median(own for _, own, _ in measured), 2),
+                ratio=round(middle, 3),
+                low=round(low, 3),
+                high=round(high, 3),
+                least=round(min(ratios), 3),
+                added=_median((own - host) / base for base, own, host in measured if host is not None),
+                over=_median(own / host for _, own, host in measured if host is not None),
+                giga_flops=round(flops / 1e9, 3),
+                flops_ratio=round(flops / plain, 3),
+                flops_added=None if under is None else round((flops - under) / plain, 3),
+                flops_over=None if under is None else round(flops / max(1, under), 3),
+                peak_mib=round(memory[candidate.name] / 2**20, 1),
+                target=candidate.target,
+                bound=candidate.bound,
+                note=candidate.note,
+            )
+        )
+    return rows
+
+
+def _median(values: Any) -> float | None:
+    values = list(values)
+    return round(statistics.median(values), 3) if values else None
+
+
+def machine(device: str, dtype: torch.dtype, threads: int | None) -> dict[str, Any]:
+    """What the figures depend on beside the code; nothing that names this machine.
+
+    Args:
+        device: Where the candidates ran.
+        dtype: Of the weights.
+        threads: Of torch on the CPU; None is torch's own choice.
+    """
+    import transformers
+
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads or torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
