@@ -1,8 +1,9 @@
-"""Fills the tables of the front page from the registry and from measured results, so that nobody types them.
+"""Fills the tables of the front page and of the guide on speed from the registry and from measured results.
 
     python -m arm_hf.hub_cards.readme_tables
 
-replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md.
+replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md and arm_hf/SPEED.md, so that nobody types
+it.
 """
 
 import argparse
@@ -34,6 +35,37 @@ def results_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+BOUND_UNITS = {"ratio": "x plain", "added": "x plain added", "over": "x one by one", "mib": "MiB"}
+
+
+def speed_table(record: Mapping[str, Any] | None) -> str:
+    """What `arm-hf benchmark` measured where, and every row that has a target, as Markdown.
+
+    Args:
+        record: Its benchmark.json, or None while there is none.
+    """
+    if record is None:
+        return "No measurement has been recorded here yet."
+    facts = {**record["setting"], **record["machine"]}
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in facts.items()) + ".",
+        "",
+        "| | measured | operations alone | target | |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for row in record["rows"]:
+        if row["target"] is None:
+            continue
+        bound, digits = row["bound"], 0 if row["bound"] == "mib" else 2
+        unit = BOUND_UNITS[bound]
+        alone = row.get({"ratio": "flops_ratio", "added": "flops_added", "over": "flops_over"}.get(bound, ""))
+        lines.append(
+            f"| {row['name']} | {row['value']:.{digits}f} {unit} | {'-' if alone is None else f'{alone:.2f}'} | "
+            f"{row['target']:g} | {row['verdict']} |"
+        )
+    return "\n".join(lines)
+
+
 def fill(text: str, tables: Mapping[str, str]) -> str:
     """Put tables between their markers.
 
@@ -53,18 +85,23 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
 
 
 def main() -> None:
-    """Writes the tables of README.md."""
+    """Writes the tables of README.md and arm_hf/SPEED.md."""
     parser = argparse.ArgumentParser(
         prog="python -m arm_hf.hub_cards.readme_tables", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--results", type=Path, default=HERE / "results" / "arm-clip-mini.json")
+    parser.add_argument("--speed", type=Path, default=Path("arm_hf/SPEED.md"))
+    parser.add_argument("--benchmark", type=Path, default=HERE / "results" / "benchmark.json")
     arguments = parser.parse_args()
     measured = read_json(arguments.results, "training/pretrain_mini.py --results")
     text = arguments.readme.read_text(encoding="utf-8")
     filled = fill(text, {"methods": methods_table(), "results": results_table(measured)})
     arguments.readme.write_text(filled, encoding="utf-8")
-    print(f"Written: {arguments.readme}")
+    speed = speed_table(read_json(arguments.benchmark, "make bench") if arguments.benchmark.is_file() else None)
+    text = arguments.speed.read_text(encoding="utf-8")
+    arguments.speed.write_text(fill(text, {"speed": speed}), encoding="utf-8")
+    print(f"Written: {arguments.readme}, {arguments.speed}")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,38 @@ from pathlib import Path
 import pytest
 
 from arm_hf.hub_cards.build_card import HERE, read_json
-from arm_hf.hub_cards.readme_tables import fill, methods_table, results_table
+from arm_hf.hub_cards.readme_tables import fill, methods_table, results_table, speed_table
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
 
 
 def test_the_front_page_is_up_to_date() -> None:
     measured = read_json(HERE / "results" / "arm-clip-mini.json", "training/pretrain_mini.py --results")
     text = README.read_text(encoding="utf-8")
     assert fill(text, {"methods": methods_table(), "results": results_table(measured)}) == text, "run make card"
+
+
+def test_the_guide_on_speed_is_up_to_date() -> None:
+    measured = HERE / "results" / "benchmark.json"
+    table = speed_table(read_json(measured, "make bench") if measured.is_file() else None)
+    text = (ROOT / "arm_hf" / "SPEED.md").read_text(encoding="utf-8")
+    assert fill(text, {"speed": table}) == text, "run make card"
+
+
+def test_a_row_of_the_guide_on_speed() -> None:
+    row = {
+        "name": "gem + ARM",
+        "target": 0.16,
+        "value": 0.17,
+        "verdict": "missed",
+        "bound": "added",
+        "flops_added": 0.146,
+    }
+    record = {"setting": {"rounds": 7}, "machine": {"threads": 2}, "rows": [row, {"name": "plain", "target": None}]}
+    lines = speed_table(record).splitlines()
+    assert lines[0] == "rounds 7, threads 2." and len(lines) == 5
+    assert lines[-1] == "| gem + ARM | 0.17 x plain added | 0.15 | 0.16 | missed |"
 
 
 def test_only_what_stands_between_the_markers_changes() -> None:
