@@ -101,12 +101,13 @@ def _parts(source: str, revision: str | None, dtype: str) -> dict[str, Any]:
     kind = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub).model_type
     if kind not in ("arm", "clip"):
         raise ValueError(f"it is a model of type {kind!r}; what segments is an ARM checkpoint or a CLIP")
-    model = (ARMModel.from_pretrained if kind == "arm" else load_clip)(source, dtype=dtype, **hub)
-    return {
-        "model": model.eval(),
+    # The small files first: what is wrong with them shows before the weights are read.
+    parts = {
         "tokenizer": AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub),
         "image_processor": AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **hub),
     }
+    model = (ARMModel.from_pretrained if kind == "arm" else load_clip)(source, dtype=dtype, **hub)
+    return {"model": model.eval(), **parts}
 
 
 def _open_clip_parts(source: str, revision: str | None, dtype: str) -> dict[str, Any]:
