@@ -22,6 +22,16 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 ROOT = Path(__file__).resolve().parents[1]
 
+try:
+    import hypothesis
+except ImportError:  # where only the page is tested
+    pass
+else:
+    # A busy machine, or one that counts the lines that run, is no fault of what is tested.
+    slow_machine = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=slow_machine)
+    hypothesis.settings.load_profile("any machine")
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:
