@@ -154,8 +154,9 @@ class StableDiffusionCompensation:
         text_encoder = CLIPTextModel.from_pretrained(name_or_path, subfolder="text_encoder", dtype=dtype, **plain)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, subfolder="tokenizer", trust_remote_code=False, **plain)
         scheduler_config = diffusers.DDPMScheduler.load_config(name_or_path, subfolder="scheduler", **plain)
-        scheduler_class = getattr(diffusers, str(scheduler_config["_class_name"]), None)
-        if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
+        scheduler_class: Any = getattr(diffusers, str(scheduler_config["_class_name"]), None)
+        is_scheduler = isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)
+        if not is_scheduler:
             raise ValueError(f"{name_or_path!r} names no scheduler of diffusers: {scheduler_config['_class_name']!r}")
         scheduler = scheduler_class.from_config(scheduler_config)
         return cls(unet.to(device), vae.to(device), text_encoder.to(device), tokenizer, scheduler, settings)
