@@ -44,8 +44,8 @@ def _shared(name: str) -> Image.Image:
 # The first of each row that can be read is used.
 PHOTOS: tuple[tuple[DemoPhoto, ...], ...] = (
     (
-        DemoPhoto("temple", "temple=building, tree, sky", lambda: _shared("china_temple.jpg")),
-        DemoPhoto("temple", "temple=building, tree, sky", from_sklearn("china.jpg")),
+        DemoPhoto("temple", "temple, tree, sky", lambda: _shared("china_temple.jpg")),
+        DemoPhoto("temple", "temple, tree, sky", from_sklearn("china.jpg")),
         DemoPhoto("scene", "sky, grass, road", drawn_scene),
     ),
     (

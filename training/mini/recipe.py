@@ -104,7 +104,7 @@ class RecipeOptions:
             "ffn_ratio": None,
             "coarse_form": "logits",
             "loss": "cross_entropy",
-            "refinement_scale": 0.3,  # chosen on val
+            "refinement_scale": 0.35,  # chosen on val
         }
     )
     text: TextStage = field(default_factory=TextStage)
