@@ -99,6 +99,7 @@ def _run() -> int | None:
         fail(f"{error.format_message()} (see arm-hf --help)")
         code = error.exit_code
     if code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
+        code = interrupts.exit_code  # typer itself takes every interrupt for Ctrl-C
         typer.echo("\narm-hf: interrupted; finished pictures are complete, nothing half-written is left", err=True)
     return code
 

@@ -249,7 +249,8 @@ def test_told_to_end_while_starting(faults, environment, models, tmp_path, draw)
             time.sleep(delay)
             process.send_signal(asked)
             _, printed = process.communicate(timeout=120)
-            assert process.returncode in (0, 130, 143, -asked), printed
+            # Python ends itself by SIGINT where the interrupt met code that C++ had started.
+            assert process.returncode in (0, 130, 143, -asked, -signal.SIGINT), printed
             if out.exists():
                 case.whole(out)
             case.right()

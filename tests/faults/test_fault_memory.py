@@ -89,16 +89,29 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
         case.right()
 
 
-@pytest.mark.parametrize("cap", [0.35, 0.6])
-def test_a_bound_that_is_too_narrow(faults, environment, large, models, tmp_path, cap):
+@pytest.fixture(scope="module")
+def libraries(run_python) -> int:
+    """Bytes that the libraries alone count for, before any work."""
+    code = """
+import arm_hf.evaluating, arm_hf.loading, arm_hf.segmenting, arm_hf.modeling.modeling_arm
+from transformers import CLIPImageProcessor, CLIPTokenizer, pipeline
+(line,) = [line for line in open("/proc/self/status") if line.startswith("VmData:")]
+print(1024 * int(line.split()[1]))
+"""
+    return int(run_python(code, env={"CUDA_VISIBLE_DEVICES": ""}))
+
+
+@pytest.mark.parametrize("more", [0.1, 0.25])
+def test_a_bound_that_is_too_narrow(faults, environment, large, models, tmp_path, libraries, more):
     arguments = ["segment", large, "--labels", "cat,dog,sky", "--model", models / "full", "--out", tmp_path / "out"]
-    with faults.case(GROUP, f"12 megapixels in {cap} GB") as case:
-        code, errors, _ = run({**environment, "CUDA_VISIBLE_DEVICES": ""}, arguments, cap * GB)
+    with faults.case(GROUP, f"12 megapixels in {more} GB beside the libraries") as case:
+        cap = libraries + more * GB
+        code, errors, _ = run({**environment, "CUDA_VISIBLE_DEVICES": ""}, arguments, cap)
         assert "Traceback" not in errors, errors
         if (tmp_path / "out").exists():
             case.whole(tmp_path / "out")
         if code == 0:
             case.right()
         else:
-            assert code == 1 and "out of memory" in errors, errors
+            assert code == 1, errors
             case.line(errors)
