@@ -49,7 +49,14 @@ def test_links_lead_somewhere(notebook: Path) -> None:
     assert targets and all((notebook.parent / target).exists() for target in targets)
 
 
-@every_notebook
+@pytest.mark.parametrize(
+    "notebook",
+    # The second one trains, as training/README.md does in the default tests.
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem == "own_folder" else [])
+        for path in NOTEBOOKS
+    ],
+)
 def test_cells_run_on_a_tiny_model(notebook: Path, desk: Path) -> None:
     """Cell after cell in this process; the last line of a cell is what a notebook would show."""
     namespace: dict = {"__name__": "notebook"}
