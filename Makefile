@@ -20,7 +20,7 @@ APP_PY := $(APP_VENV)/bin/python
 APP_READY := $(APP_VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-slow test-app quickstart check style types bench wheel card clean
+.PHONY: help demo install test test-slow app-ready test-app quickstart check style types bench wheel card clean
 
 help: ## Print this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,8 @@ test: $(DEV_READY) ## Run the default tests
 
 test-slow: $(DEV_READY) ## Run the tests that the default leaves out
 	$(PY) -m pytest -m slow $(TESTS)
+
+app-ready: $(APP_READY)
 
 test-app: $(APP_READY) ## Run the page's tests, in a browser too if chromium is there
 	$(APP_PY) -m pytest -m 'slow or not slow' tests/arm_hf/test_app.py
