@@ -195,7 +195,7 @@ def _gem_by_blocks(query: Tensor, key: Tensor, value: Tensor, tau: Tensor, itera
     """
     heads = value.shape[1]
     highest = tau.repeat_interleave(heads)[:, None, None]  # (B * heads, 1, 1)
-    states = [states.flatten(0, 1) for states in (value, key, query)]  # (B * heads, L, d)
+    states = [states.flatten(0, 1).contiguous() for states in (value, key, query)]  # (B * heads, L, d)
     value = states[0]
 
     def exponentials(z: Tensor, maps: slice, rows: slice) -> Tensor:
