@@ -36,7 +36,7 @@ test: $(DEV_READY) ## Run the default tests
 test-slow: $(DEV_READY) ## Run the tests that the default leaves out
 	$(PY) -m pytest -m slow $(TESTS)
 
-app-ready: $(APP_READY)
+app-ready: $(APP_READY) ## Make the environment of the page's tests
 
 test-app: $(APP_READY) ## Run the page's tests, in a browser too if chromium is there
 	$(APP_PY) -m pytest -m 'slow or not slow' tests/arm_hf/test_app.py
