@@ -31,7 +31,7 @@ demo: $(USER_READY) ## Segment two photos with words and say where the pictures 
 install: $(DEV_READY) ## Make .venv with the package (editable) and all that tests and checks need
 
 test: $(DEV_READY) ## Run the default tests
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(TESTS)
 
 test-slow: $(DEV_READY) ## Run the tests that the default leaves out
 	$(PY) -m pytest -m slow $(TESTS)

@@ -52,6 +52,7 @@ EXTRAS_REQUIRE = {
     "dev": [
         "pytest>=9.2",
         "pytest-cov>=7.1",
+        "pytest-xdist>=3.8",
         "hypothesis>=6.170",
         "ruff==0.17.5",
         "mypy==2.4.1",

@@ -5,6 +5,9 @@ import os
 # Before any Hugging Face library is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the processes share the cores
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 import copy
 import io
@@ -13,12 +16,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from tests.faults.ledger import ledger_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -183,8 +189,35 @@ def run_python() -> Callable[..., str]:
     return run
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add our own options."""
+    parser.addoption("--fault-table", metavar="FILE", help="write the table of the fault suite to this Markdown file")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist sends what its fault cases led to."""
+    sent = getattr(session.config, "workeroutput", None)
+    if sent is not None:
+        sent["faults"] = ledger_of(session.config).plain()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take what a worker sent."""
+    sent = getattr(node, "workeroutput", {}).get("faults")
+    if sent is not None:
+        ledger_of(node.config).add(sent)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the coverage of each room, where `--cov` measured it."""
+    """Print what became of the fault cases, and the coverage of each room where `--cov` measured it."""
+    ledger = ledger_of(config)
+    if ledger.counts:
+        terminalreporter.section("faults")
+        for line in ledger.table():
+            terminalreporter.write_line(line)
+        if file := config.getoption("fault_table"):
+            Path(file).write_text("\n".join(ledger.table()).rstrip() + "\n", encoding="utf-8")
     controller = getattr(config.pluginmanager.get_plugin("_cov"), "cov_controller", None)
     if getattr(controller, "cov", None) is None:
         return

@@ -12,9 +12,8 @@ import os
 import subprocess
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-RIGHT, LINE, WRONG, LOST, TRACEBACK = (
-    "right answer",
-    "clear line",
-    "wrong answer",
-    "lost or half-written",
-    "traceback",
-)
-OUTCOMES = (RIGHT, LINE, WRONG, LOST, TRACEBACK)
+from tests.faults.ledger import LINE, LOST, RIGHT, TRACEBACK, WRONG, Ledger, ledger_of
 
 
 class Failed(AssertionError):
@@ -130,47 +122,6 @@ def require(condition: Any, text: str, outcome: str = WRONG) -> None:
         raise Failed(outcome, text)
 
 
-@dataclass
-class Ledger:
-    """What became of all cases of a run of the tests."""
-
-    counts: dict[str, Counter] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def table(self) -> list[str]:
-        """Lines of a Markdown table."""
-        lines = [f"| group | cases | {' | '.join(OUTCOMES)} |", "|:--|--:" + "|--:" * len(OUTCOMES) + "|"]
-        total: Counter = Counter()
-        for group, counts in [*sorted(self.counts.items()), ("all", total)]:
-            if group != "all":
-                total += counts
-            figures = [sum(counts.values()), *(counts[outcome] for outcome in OUTCOMES)]
-            lines.append(f"| {group} | {' | '.join(map(str, figures))} |")
-        return [*lines, "", *(f"- {note}" for note in self.notes)]
-
-
-_LEDGER = pytest.StashKey[Ledger]()
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fault-table", metavar="FILE", help="write the table of the fault suite to this Markdown file")
-
-
-def _ledger(config: pytest.Config) -> Ledger:
-    return config.stash.setdefault(_LEDGER, Ledger())
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    ledger = _ledger(config)
-    if not ledger.counts:
-        return
-    terminalreporter.section("faults")
-    for line in ledger.table():
-        terminalreporter.write_line(line)
-    if file := config.getoption("fault_table", None):
-        Path(file).write_text("\n".join(ledger.table()).rstrip() + "\n", encoding="utf-8")
-
-
 class Faults:
     """Counts the cases of a test."""
 
@@ -195,7 +146,7 @@ class Faults:
             outcome, text = WRONG, str(error)
         except Exception:
             outcome, text = TRACEBACK, traceback.format_exc()
-        self.ledger.counts.setdefault(group, Counter())[outcome] += 1
+        self.ledger.count(group, outcome)
         if outcome not in (RIGHT, LINE):
             self.failures.append(f"{group}: {name}: {outcome}\n{text[-3000:]}")
 
@@ -207,7 +158,7 @@ class Faults:
 @pytest.fixture
 def faults(request: pytest.FixtureRequest) -> Iterator[Faults]:
     """The cases of this test; fails it at its end if one of them went wrong."""
-    found = Faults(_ledger(request.config))
+    found = Faults(ledger_of(request.config))
     yield found
     if found.failures:
         pytest.fail("\n\n".join(found.failures), pytrace=False)
