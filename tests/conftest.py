@@ -87,7 +87,7 @@ def tiny_clip_config() -> CLIPConfig:
 def _tiny_clip_template(tiny_clip_config: CLIPConfig) -> CLIPModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = CLIPModel(tiny_clip_config).eval()
+        model = CLIPModel(copy.deepcopy(tiny_clip_config)).eval()
         # The default initialisation gives nearly equal tokens; wider weights make attention and methods differ.
         with torch.no_grad():
             for name, weight in model.named_parameters():
