@@ -276,7 +276,7 @@ def train_vision(
         valid = labels != IGNORE
         first = torch.tensor([table.first_rule[name] for name in batch.datasets])
         form = (torch.rand(len(first), generator=generator) < stage.open_probability).long()
-        chosen = torch.randint(max(1, len(negatives)), (stage.negatives,), generator=generator)
+        chosen = torch.randint(len(negatives), (stage.negatives,), generator=generator)
         parts = dense_and_image_loss(
             dense[valid],
             cls,
