@@ -157,6 +157,7 @@ def evaluate_data(
     overwrite: bool = False,
     progress: Callable[[Iterable, int | None, int], Iterable] | None = None,
     keep_maps: Callable[[int, Mapping[str, np.ndarray]], None] | None = None,
+    models: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Evaluate; every process calls this, and gets the whole result.
 
@@ -171,6 +172,7 @@ def evaluate_data(
         overwrite: Discard an unfinished evaluation of other things.
         progress: Wraps the images: the iterable, their number if known, and how many of all were done before.
         keep_maps: Gets the predicted labels of every image, for a metric of another package.
+        models: Further `ARMModel`s on the same CLIP, by the names that rows give.
 
     Raises:
         ValueError: `out` holds an unfinished evaluation of other things, or an image or its labels cannot be read.
@@ -184,6 +186,7 @@ def evaluate_data(
         "labels": plan.table.rule,
         "boundary_radius": options.boundary_radius,
         "keeps_maps": keep_maps is not None,
+        **({"models": {name: fingerprint(other.arm) for name, other in models.items()}} if models else {}),
     }
     partial = PartialResults(Path(out), identity)
 
@@ -193,7 +196,7 @@ def evaluate_data(
 
     base = processes.from_main(lambda: partial.begin(empty(), overwrite))
     counted = empty()
-    shared_pass = SharedPass(pipe, plan.rows, options.window_batch_size)
+    shared_pass = SharedPass(pipe, plan.rows, options.window_batch_size, models=models)
     rows, total = rows_of(data, options.limit, base.images.keys(), processes.rank, processes.count)
     images: Iterable = _decoded(data, rows)
     if progress is not None:

@@ -29,16 +29,25 @@ ARM_SUFFIX = " + ARM"
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a result table: a method with its setup, alone or refined by ARM."""
+    """One row of a result table: a method with its setup, alone or refined by ARM.
+
+    Attributes:
+        setup: The method, and what its protocol says.
+        arm: Whether ARM refines it.
+        pamr: Iterations of PAMR.
+        model: Whose ARM: the name of one of `SharedPass.models`; by default the pipeline's own.
+    """
 
     setup: MethodSetup
     arm: bool = False
     pamr: int | None = None
+    model: str | None = None
 
     @property
     def name(self) -> str:
-        """The method, with " + ARM" when refined."""
-        return self.setup.method + (ARM_SUFFIX if self.arm else "")
+        """The method, with " + ARM" when refined, and whose where it is not the pipeline's."""
+        whose = f" ({self.model})" if self.model is not None else ""
+        return self.setup.method + (ARM_SUFFIX + whose if self.arm else "")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -81,18 +90,30 @@ class SharedPass:
         rows: What to compute.
         window_batch_size: Windows per pass; bounds memory.
         max_chunk_values: Bound on upsampled scores held at once.
+        models: Further `ARMModel`s on the same CLIP, by the names that rows give.
 
     Raises:
-        ValueError: A row asks for ARM and the model has none.
+        ValueError: A row asks for ARM and the model has none, or for a model that is not there or has another CLIP.
     """
 
     def __init__(
-        self, pipe: Any, rows: Sequence[Row], window_batch_size: int = 16, max_chunk_values: int = MAX_CHUNK_VALUES
+        self,
+        pipe: Any,
+        rows: Sequence[Row],
+        window_batch_size: int = 16,
+        max_chunk_values: int = MAX_CHUNK_VALUES,
+        models: Mapping[str, Any] | None = None,
     ):
         self.pipe, self.model, self.rows = pipe, pipe.model, tuple(rows)
+        self.models = dict(models or {})
         self.has_arm = hasattr(self.model, "arm")
-        if any(row.arm for row in rows) and not self.has_arm:
+        if any(row.arm and row.model is None for row in rows) and not self.has_arm:
             raise ValueError(f"the model is a {type(self.model).__name__} without ARM; evaluate with --arm off")
+        for name in dict.fromkeys(row.model for row in rows if row.arm and row.model is not None):
+            if name not in self.models:
+                raise ValueError(f"a row wants the ARM of {name!r}; there are {', '.join(self.models) or 'none'}")
+            if self.models[name].clip is not (self.model.clip if self.has_arm else self.model):
+                raise ValueError(f"the model {name!r} has another CLIP than the pipeline; set its `clip` to that one")
         self.clip = self.model.clip if self.has_arm else self.model
         self.window_batch_size, self.max_chunk_values = window_batch_size, max_chunk_values
         self.patch_size = self.clip.config.vision_config.patch_size
@@ -206,7 +227,11 @@ class SharedPass:
         return dense.apply(method, settings, trunk, job.words, rows)
 
     def _layers(self, jobs: Sequence[_Job]) -> Sequence[int]:
-        return self.model.config.fusion_layers if any(row.arm for job in jobs for row in job.rows) else ()
+        models = {row.model for job in jobs for row in job.rows if row.arm}
+        return sorted({layer for name in models for layer in self._arm_model(name).config.fusion_layers})
+
+    def _arm_model(self, name: str | None) -> Any:
+        return self.model if name is None else self.models[name]
 
     def _run(
         self,
@@ -227,9 +252,8 @@ class SharedPass:
             shared = self._clock() - started
             for row in job.rows:
                 started = self._clock()
-                parts[row.name].append(
-                    self.model.maps_of(features, job.words) if row.arm else dense.maps_of(features, job.words)
-                )
+                reader = self._arm_model(row.model) if row.arm else dense
+                parts[row.name].append(reader.maps_of(features, job.words))
                 spent[row.name] += shared + self._clock() - started
         return trunk_time
 

@@ -79,10 +79,19 @@ class FeatureCache(Dataset):
         sizes: Images per training set.
         names: Name of every image, by set.
         views: Views per image.
+        chosen: Which of the stored hidden states an entry has.
     """
 
-    def __init__(self, folder: Path, layout: RecordLayout, sizes: Sequence[int], names: list[list[str]], views: int):
-        self.folder, self.layout, self.views, self.names = folder, layout, views, names
+    def __init__(
+        self,
+        folder: Path,
+        layout: RecordLayout,
+        sizes: Sequence[int],
+        names: list[list[str]],
+        views: int,
+        chosen: Sequence[int],
+    ):
+        self.folder, self.layout, self.views, self.names, self.chosen = folder, layout, views, names, list(chosen)
         self.offsets = np.cumsum([0, *sizes])
         self._records: np.memmap | None = None
 
@@ -96,7 +105,7 @@ class FeatureCache(Dataset):
         return {
             "name": self.names[key[0]][key[1]],
             "set": key[0],
-            "hidden": torch.from_numpy(record["hidden"].copy()),
+            "hidden": torch.from_numpy(record["hidden"][self.chosen]),
             "deep": torch.from_numpy(record["deep"].copy()),
             "labels": torch.from_numpy(record["labels"].astype(np.int32)),
         }
@@ -180,19 +189,30 @@ def fingerprint(model: ARMModel, views: Views, options: TrainingOptions, precisi
     for part in (model.clip.vision_model, model.clip.visual_projection):
         for name, weight in sorted(part.state_dict().items()):
             towers.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    names = ("crop_size", "resize_min", "resize_max", "flip", "seed", "cache_views", "cache_dtype")
+    names = ("crop_size", "resize_min", "resize_max", "flip", "cache_views", "cache_dtype")
     return {
         "format": FORMAT,
         "clip": towers.hexdigest(),
         "precision": precision,
         "method": config.method,
         "method_options": config.method_options,
-        "fusion_layers": list(config.fusion_layers),
+        "layers": stored_layers(model, options),
         "normalisation": [views.mean.tolist(), views.std.tolist()],
-        "views": {name: getattr(options, name) for name in names},
+        "views": {"seed": views.seed, **{name: getattr(options, name) for name in names}},
         "sets": [_digest_of_set(chosen) for chosen in views.sets],
         "ignore_index": config.ignore_index,
     }
+
+
+def stored_layers(model: ARMModel, options: TrainingOptions) -> list[int]:
+    """Blocks whose outputs are cached, in ascending order, each once.
+
+    Args:
+        model: Its ARM reads some of them.
+        options: Their `cache_layers` are the others.
+    """
+    config: Any = model.config
+    return sorted({*config.fusion_layers, *options.cache_layers})
 
 
 def _digest_of_set(chosen: TrainingSet) -> dict[str, Any]:
@@ -235,7 +255,9 @@ def open_cache(
     folder = Path(options.cache_dir).expanduser() / f"features-{name}"
     sizes = [len(chosen.data) for chosen in views.sets]
     names = [[f"{s.data.name}/{row}" for row in s.data.dataset["name"]] for s in views.sets]
-    cache = FeatureCache(folder, _layout(folder, model, options), sizes, names, options.cache_views)
+    layers = stored_layers(model, options)
+    chosen = [layers.index(layer) for layer in config.fusion_layers]
+    cache = FeatureCache(folder, _layout(folder, model, options), sizes, names, options.cache_views, chosen)
     missing = cache.missing()
     if not missing:
         accelerator.print(f"features of {len(cache)} views are in {folder}")
@@ -267,12 +289,12 @@ def _layout(folder: Path, model: ARMModel, options: TrainingOptions) -> RecordLa
         return RecordLayout(hidden, deep, labels, known["dtype"], known["label_dtype"])
     size = options.crop_size
     config: Any = model.config
-    with torch.no_grad():
-        features = model.features(torch.zeros(1, 3, size, size, device=model.device))
-    states = features.trunk.hidden_states[config.fusion_layers[0]]
+    states, features = _features(
+        model, torch.zeros(1, 3, size, size, device=model.device), stored_layers(model, options)
+    )
     return RecordLayout(
-        (len(config.fusion_layers), *states.shape[1:]),
-        tuple(features.patch_features.shape[1:]),
+        tuple(states.shape[1:]),
+        tuple(features.shape[1:]),
         (size, size),
         options.cache_dtype,
         "uint8" if config.ignore_index == 255 else "uint16",
@@ -300,6 +322,13 @@ def _make_room(cache: FeatureCache, missing: int, limit_gb: float) -> None:
 
 
 @torch.no_grad()
+def _features(model: ARMModel, pixels: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Outputs of the blocks, (B, layers, L, W), and F_d, (B, h, w, D)."""
+    config: Any = model.config
+    features = model.dense.features(pixels, config.method, config.method_options, hidden_states=layers)
+    return torch.stack([features.trunk.hidden_states[layer] for layer in layers], dim=1), features.patch_features
+
+
 def _compute(
     model: ARMModel,
     views: Views,
@@ -309,7 +338,7 @@ def _compute(
     accelerator: Accelerator,
     batch_size: int,
 ) -> None:
-    config: Any = model.config
+    layers = stored_layers(model, options)
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     loader: Any = DataLoader(views, batch_sampler=batches, num_workers=options.workers, collate_fn=collate)
     writer = _Writer(cache)
@@ -320,9 +349,8 @@ def _compute(
             if "error" in batch:
                 raise ValueError(batch["error"])
             with accelerator.autocast():
-                features = model.features(batch["pixels"].to(accelerator.device))
-            states = [features.trunk.hidden_states[layer] for layer in config.fusion_layers]
-            hidden, deep = torch.stack(states, dim=1).to(dtype), features.patch_features.to(dtype)
+                hidden, deep = _features(model, batch["pixels"].to(accelerator.device), layers)
+            hidden, deep = hidden.to(dtype), deep.to(dtype)
             for index, key in enumerate(members):
                 if not bool(hidden[index].isfinite().all() and deep[index].isfinite().all()):
                     raise ValueError(

@@ -140,11 +140,16 @@ class TrainingOptions:
     )
     autocast_arm: bool = option(False, "autocast ARM too, not CLIP alone")
     seed: int = option(0, "of weights, order and crops")
+    view_seed: int | None = option(None, "of the crops alone, so that runs of several seeds share a cache; none: seed")
 
     # Cached features
     cache_features: bool = option(False, "run CLIP once on every view, keep its features on disk, and train on these")
     cache_dir: str = option("runs/feature_cache", "folder of the caches; runs with the same views share one")
     cache_views: int = option(1, "views of an image in the cache; epoch e trains on view e modulo this")
+    cache_layers: list[int] = field(
+        default_factory=list,
+        metadata={"help": "further blocks to cache, so that runs with other fusion_layers share a cache"},
+    )
     cache_dtype: str = option("float16", "stored type", choices=("float16", "float32"))
     cache_limit_gb: float = option(100.0, "greatest size of the cache folder in GB")
 
@@ -177,8 +182,8 @@ class TrainingOptions:
         wrong += [name for name in ("max_steps", "val_images") if (getattr(self, name) or 1) <= 0]
         if wrong:
             raise ValueError(f"{wrong[0]} must be positive, got {getattr(self, wrong[0])}")
-        for name in ("val_every", "warmup_steps", "weight_decay", "workers", "seed"):
-            if getattr(self, name) < 0:
+        for name in ("val_every", "warmup_steps", "weight_decay", "workers", "seed", "view_seed"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip must be a probability from 0 to 1, got {self.flip}")

@@ -181,7 +181,8 @@ class Views(Dataset):
     def __init__(
         self, sets: Sequence[TrainingSet], options: TrainingOptions, mean: Sequence[float], std: Sequence[float]
     ):
-        self.sets, self.size, self.seed, self.flip = sets, options.crop_size, options.seed, options.flip
+        self.sets, self.size, self.flip = sets, options.crop_size, options.flip
+        self.seed = options.seed if options.view_seed is None else options.view_seed
         self.shorter_sides = (options.resize_min, options.resize_max)
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
 

@@ -149,3 +149,22 @@ def test_cache_entries_are_read_by_worker_processes(
     assert run_training(*cached) == 0
     assert run_training(*cached, "--workers", "2", "--output-dir", str(tmp_path / "two")) == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "two")
+
+
+def test_runs_of_other_layers_and_seeds_share_a_cache_that_holds_them(
+    run_training: Run, flags: list[str], losses: Losses, tmp_path: Path, count_passes: list[int]
+) -> None:
+    shared = [*flags, "--cache-features", "--cache-dtype", "float32", "--cache-layers", "1", "2", "3", "7"]
+    shared += ["--view-seed", "0", "--max-steps", "3"]
+    assert run_training(*shared) == 0
+    count_passes.clear()
+    for seed, layers in (("1", ("1", "2")), ("0", ("7", "1"))):
+        changed = ("--seed", seed, "--fusion-layers", *layers)
+        assert run_training(*shared, *changed, "--output-dir", str(tmp_path / "shared" / seed)) == 0
+        assert not count_passes
+        alone = [*flags, *changed, "--view-seed", "0", "--max-steps", "3"]
+        assert run_training(*alone, "--output-dir", str(tmp_path / "alone" / seed)) == 0
+        found, expected = losses(tmp_path / "shared" / seed), losses(tmp_path / "alone" / seed)
+        assert found == pytest.approx(expected, rel=1e-5)
+        count_passes.clear()
+    assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -23,12 +23,16 @@ from .data import IGNORE, BalancedSampler, Photo
 from .targets import ConceptWords, RuleTable, words_nll
 from .train_vision import DensePath
 
+POOLINGS = ("patches", "cls", "both")
+
 
 @dataclass(frozen=True)
 class TagStage:
     """Options of the training from tags.
 
     Attributes:
+        pooling: one of `POOLINGS`: a view's score of a word pools its patches (log-sum-exp), is CLS's as in CLIP,
+            or both, each with a loss.
         num_layers: blocks of the tower; the encoder's last two know less of what things are than those before them.
         views: views in the pool, whose tokens before the last block are computed once.
         size: side of the views in pixels.
@@ -42,6 +46,7 @@ class TagStage:
         seed: of views, batches and words.
     """
 
+    pooling: str = "patches"
     num_layers: int = 10
     views: int = 2000
     size: int = 224
@@ -53,6 +58,10 @@ class TagStage:
     weight_decay: float = 0.05
     warmup: int = 30
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
 
 
 def view_tags(labels: Tensor, first_rule: Tensor, table: RuleTable, min_share: float) -> tuple[Tensor, Tensor]:
@@ -74,18 +83,18 @@ def view_tags(labels: Tensor, first_rule: Tensor, table: RuleTable, min_share: f
     return view, rule
 
 
-def tag_loss(dense: Tensor, view: Tensor, rule: Tensor, table: RuleTable, words: Tensor, scale: Tensor) -> Tensor:
+def tag_loss(features: Tensor, view: Tensor, rule: Tensor, table: RuleTable, words: Tensor, scale: Tensor) -> Tensor:
     """Mean loss of the tags: a tag's word against the open word list without the view's other tags.
 
     Args:
-        dense: (B, N, D) patch features.
+        features: (B, N, D) features of the patches, whose scores are pooled, or (B, 1, D) of the whole views.
         view: (T,) from `view_tags`.
         rule: (T,) from `view_tags`.
         table: rules.
         words: (C, D) unit vectors of the concepts.
         scale: factor of the cosines.
     """
-    logits = scale * F.normalize(dense, dim=-1) @ words.T  # (B, N, C)
+    logits = scale * F.normalize(features, dim=-1) @ words.T  # (B, N, C)
     pooled = logits.logsumexp(dim=1) - torch.tensor(float(logits.shape[1])).log()  # (B, C)
     present = torch.zeros_like(pooled, dtype=torch.bool)
     present[view, table.main_concept[rule]] = True
@@ -155,9 +164,11 @@ def train_from_tags(
         chosen = torch.randperm(stage.views, generator=generator)[: stage.batch_size]
         place = torch.full((stage.views,), -1).index_put_((chosen,), torch.arange(len(chosen)))
         member = place[views] >= 0
-        dense, _ = path.upper(tokens[chosen].float())
-        drawn = words.draw(generator)
-        loss = tag_loss(dense, place[views[member]], rules[member], table, drawn, scale.exp().clamp(max=100.0))
+        dense, image = path.upper(tokens[chosen].float())
+        read = {"patches": (dense,), "cls": (image[:, None],), "both": (dense, image[:, None])}[stage.pooling]
+        drawn, factor = words.draw(generator), scale.exp().clamp(max=100.0)
+        tags = place[views[member]], rules[member], table, drawn, factor
+        loss = torch.stack([tag_loss(features, *tags) for features in read]).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([*slow, *fast], 1.0)
