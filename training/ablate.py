@@ -152,6 +152,7 @@ def write_results(records: Sequence[Mapping[str, Any]], bench: Bench) -> Path:
     about = {
         "base": Path(bench.recipe.clip).name,
         "photos_per_set": bench.limit,
+        "weight": bench.weight,
         "figures": list(FIGURES),
         "recipe": recipe,
         "records": list(records),
@@ -185,7 +186,7 @@ def make_bench(args: argparse.Namespace) -> Bench:
         cache_dir=str(args.work_dir / "cache"),
         max_steps=args.max_steps or recipe.max_steps,
     )
-    return Bench(recipe, args.data, args.work_dir, args.limit, args.processes)
+    return Bench(recipe, args.data, args.work_dir, args.limit, args.processes, args.weight)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -199,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", default="arm-clip-mini", help="recipe: YAML file, or one of training/configs")
     parser.add_argument("--max-steps", type=int, help="steps of each training (default: the recipe's)")
     parser.add_argument("--limit", type=int, help="evaluate on the first so many photos of each list")
+    parser.add_argument("--weight", type=float, default=1.0, help="factor on M_r in the evaluation")
     parser.add_argument("--processes", type=int, default=1, help="trainings, or sets, worked on at a time")
     args = parser.parse_args(arguments)
     quiet_libraries()

@@ -80,6 +80,8 @@ class Bench:
         work: Everything is kept here.
         limit: Take only the first so many images of a set.
         processes: How many trainings, or sets, are worked on at a time.
+        weight: Of M_r in the evaluation, a factor on that of the training. Hosts other than ARM's own, and sets it was
+            not trained on, gain more from a part of it.
     """
 
     recipe: TrainingOptions
@@ -87,6 +89,7 @@ class Bench:
     work: Path
     limit: int | None = None
     processes: int = 1
+    weight: float = 1.0
 
     def folder(self, training: Training) -> Path:
         """Of a training."""
@@ -94,7 +97,11 @@ class Bench:
 
     def row(self, host: str, training: Training | None) -> str:
         """Name of a row of figures."""
-        return host if training is None else f"{host}{ARM_SUFFIX} ({training.name(self.recipe)})"
+        return host if training is None else f"{host}{ARM_SUFFIX} ({self.model(training)})"
+
+    def model(self, training: Training) -> str:
+        """Name of a trained ARM with its weight."""
+        return training.name(self.recipe) + (f" x{self.weight:g}" if self.weight != 1 else "")
 
     def for_each(self, function: Callable[..., Any], tasks: Sequence[tuple]) -> list[Any]:
         """The results of `function(self, *task)`, several at a time in processes of their own.
@@ -197,10 +204,11 @@ def _evaluate(
     plan = make_plan(pipe, source, hosts, options)
     alone = {row.setup.method: row for row in plan.rows}
     rows = tuple(
-        alone[host] if training is None else replace(alone[host], arm=True, model=training.name(bench.recipe))
+        alone[host] if training is None else replace(alone[host], arm=True, model=bench.model(training))
         for host, training in pairs
     )
-    models = load_arms(pipe.model, [bench.folder(training) for _, training in pairs if training is not None])
+    folders = {bench.model(training): bench.folder(training) for _, training in pairs if training is not None}
+    models = load_arms(pipe.model, folders, bench.weight)
 
     def bar(images: Any, total: int | None, before: int) -> Any:
         return tqdm(images, desc=chosen.name, total=total, unit="image", mininterval=10)
@@ -219,12 +227,13 @@ def _evaluate(
     }
 
 
-def load_arms(base: Any, folders: Sequence[Path]) -> dict[str, Any]:
-    """The trained models, all with the CLIP of `base`, by the names of their folders.
+def load_arms(base: Any, folders: Mapping[str, Path], weight: float = 1.0) -> dict[str, Any]:
+    """The trained models by name, all with the CLIP of `base`.
 
     Args:
         base: A `CLIPModel` or `ARMModel`.
-        folders: Of trainings.
+        folders: Of trainings, by name.
+        weight: Factor on M_r.
 
     Raises:
         ValueError: One was trained on another CLIP.
@@ -234,10 +243,11 @@ def load_arms(base: Any, folders: Sequence[Path]) -> dict[str, Any]:
 
     clip = getattr(base, "clip", base)
     expected, models = fingerprint(clip), {}
-    for folder in dict.fromkeys(folders):
+    for name, folder in folders.items():
         model = ARMModel.from_pretrained(folder / "last").eval()
         if fingerprint(model.clip) != expected:
             raise ValueError(f"{str(folder)!r} holds an ARM of another CLIP; use another work folder, or remove it")
         model.clip = clip
-        models[folder.name] = model
+        model.arm.refinement_scale *= weight
+        models[name] = model
     return models

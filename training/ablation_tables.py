@@ -151,12 +151,13 @@ def markdown(evidence: Mapping[str, Any], level: int = 1) -> str:
     recipe, limit = evidence["recipe"], evidence["photos_per_set"]
     photos = "whole val lists" if limit is None else f"first {limit} photos of each val list"
     steps = recipe["max_steps"] or f"{recipe['epochs']} epochs"
+    weight = recipe["refinement_scale"]
     lines = [
         f"{'#' * level} What ARM adds to `{evidence['base']}`",
         "",
         f"All figures in percent, mIoU over the classes in the labels, {photos}. ARM: {recipe['loss']} on "
         f"{recipe['coarse_form']}, layers {' and '.join(map(str, recipe['fusion_layers']))}, {steps} steps of "
-        f"{recipe['batch_size']}, weight {recipe['refinement_scale']:g}.",
+        f"{recipe['batch_size']}; trained with weight {weight:g}, attached with {weight * evidence['weight']:g}.",
         "",
     ]
     for name in _names(evidence["records"], "experiment"):

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,13 +135,15 @@ def test_trainings_are_named_after_what_differs_from_the_recipe(tmp_path):
     assert {bench.folder(each).name for each in same} == {"recipe+seed0"}
     other = Training({"loss": "bce", "fusion_layers": [1, 5]}, seed=2)
     assert bench.row("gem", other) == "gem + ARM (fusion_layers=1-5+loss=bce+seed2)"
+    assert replace(bench, weight=0.5).row("gem", Training()) == "gem + ARM (recipe+seed0 x0.5)"
 
 
 def test_an_arm_of_another_clip_is_refused(tiny_clip, tmp_path):
     model = ARMModel.from_clip(tiny_clip, fusion_layers=[1, 2], num_attention_heads=2)
     model.save_pretrained(tmp_path / "recipe+seed0" / "last", self_contained=True)
-    found = load_arms(tiny_clip, [tmp_path / "recipe+seed0"])
-    assert found["recipe+seed0"].clip is tiny_clip
+    found = load_arms(tiny_clip, {"one": tmp_path / "recipe+seed0"}, weight=0.5)["one"]
+    assert found.clip is tiny_clip
+    assert found.arm.refinement_scale == 0.5
     other = type(tiny_clip)(tiny_clip.config)
     with pytest.raises(ValueError, match=r"recipe\+seed0' holds an ARM of another CLIP"):
-        load_arms(other, [tmp_path / "recipe+seed0"])
+        load_arms(other, {"one": tmp_path / "recipe+seed0"})

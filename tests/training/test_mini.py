@@ -19,7 +19,7 @@ from arm_hf.modeling.trunk import VisionTower
 from arm_hf.training.mini.crops import CropOptions, draw_batch, random_view
 from arm_hf.training.mini.data import IGNORE, BalancedSampler, load_photos
 from arm_hf.training.mini.evaluate import Confusion, Task, border_mask, task_truth
-from arm_hf.training.mini.fair_base import tag_loss, view_tags
+from arm_hf.training.mini.fair_base import TagStage, tag_loss, view_tags
 from arm_hf.training.mini.recipe import average_states
 from arm_hf.training.mini.targets import (
     ConceptWords,
@@ -168,6 +168,19 @@ def test_tag_loss_does_not_depend_on_where_a_class_is(rules):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     pulled = torch.cat([dense[:, :8], 5 * words[rules.main_concept[rule]][None]], dim=1)
     assert tag_loss(pulled, view, rule, rules, words, torch.tensor(10.0)).item() < losses[0]
+
+
+def test_tag_loss_of_cls_reads_the_vector_of_the_view(rules):
+    words = F.normalize(torch.randn(len(rules.concepts), 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    rule = rules.is_object.nonzero()[0]
+    view, right = torch.zeros(1, dtype=torch.long), words[rules.main_concept[rule]][None]
+    losses = [tag_loss(x, view, rule, rules, words, torch.tensor(10.0)).item() for x in (right, -right)]
+    assert losses[0] < 1 < losses[1]
+
+
+def test_an_unknown_pooling_is_refused():
+    with pytest.raises(ValueError, match="pooling must be one of patches, cls, both, got 'max'"):
+        TagStage(pooling="max")
 
 
 def test_weighted_mean_of_stages():

@@ -2,8 +2,8 @@
 
 CLIP learns from captions, so its dense maps are coarse. The tower of `arm-clip-mini` has learnt from label maps, which
 leaves ARM little to correct. Here all blocks but the last stay as the encoder's author trained them; last block,
-post-LayerNorm and projection learn from tags alone: which classes are in a view, never where. The cosines of the
-patches with a word are pooled by log-sum-exp into one score per view and word.
+post-LayerNorm and projection learn from tags alone: which classes are in a view, never where. As in CLIP, words meet
+the CLS token and nothing else; scores pooled over patches (`TagStage.pooling`) make finer maps.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class TagStage:
     """Options of the training from tags.
 
     Attributes:
-        pooling: one of `POOLINGS`: a view's score of a word pools its patches (log-sum-exp), is CLS's as in CLIP,
-            or both, each with a loss.
+        pooling: one of `POOLINGS`, what gives a view's score of a word: the log-sum-exp over its patches, CLS as in
+            CLIP, or both, each with a loss.
         num_layers: blocks of the tower; the encoder's last two know less of what things are than those before them.
         views: views in the pool, whose tokens before the last block are computed once.
         size: side of the views in pixels.
@@ -46,7 +46,7 @@ class TagStage:
         seed: of views, batches and words.
     """
 
-    pooling: str = "patches"
+    pooling: str = "cls"
     num_layers: int = 10
     views: int = 2000
     size: int = 224
