@@ -25,7 +25,7 @@ if importlib.util.find_spec("arm_hf") is None:  # run from a checkout that is no
 
 from arm_hf.commands.common import quiet_libraries
 from arm_hf.folders import atomic_path
-from arm_hf.training.ablation_runs import FIGURES, Bench, TestSet, Training, evaluate_set, train_all
+from arm_hf.training.ablation_runs import Bench, TestSet, Training, evaluate_set, train_all, training_speed
 from arm_hf.training.ablation_tables import markdown
 from arm_hf.training.options import TrainingOptions, find_config, parse_options
 
@@ -141,20 +141,23 @@ def run_experiments(names: Sequence[str], seeds: Sequence[int], bench: Bench) ->
     ]
 
 
-def write_results(records: Sequence[Mapping[str, Any]], bench: Bench) -> Path:
+def write_results(
+    records: Sequence[Mapping[str, Any]], bench: Bench, speeds: Mapping[str, float] | None = None
+) -> Path:
     """Write `evidence.json` and `evidence.md`; return the latter.
 
     Args:
         records: Of all experiments.
         bench: Where and how.
+        speeds: Of the training, from `training_speed`.
     """
     recipe = {key: value for key, value in bench.recipe.of_the_run().items() if key not in ("clip", "data")}
     about = {
         "base": Path(bench.recipe.clip).name,
         "photos_per_set": bench.limit,
         "weight": bench.weight,
-        "figures": list(FIGURES),
         "recipe": recipe,
+        "images_per_second": dict(speeds or {}),
         "records": list(records),
     }
     for name, text in (("evidence.json", json.dumps(about, indent=1)), ("evidence.md", markdown(about))):
@@ -202,12 +205,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="evaluate on the first so many photos of each list")
     parser.add_argument("--weight", type=float, default=1.0, help="factor on M_r in the evaluation")
     parser.add_argument("--processes", type=int, default=1, help="trainings, or sets, worked on at a time")
+    parser.add_argument("--speed", action="store_true", help="measure images/s of the training too")
     args = parser.parse_args(arguments)
     quiet_libraries()
     bench = make_bench(args)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     records = run_experiments(args.experiments, args.seeds, bench)
-    print(write_results(records, bench).read_text(encoding="utf-8"))
+    speeds = training_speed(bench) if args.speed else None
+    print(write_results(records, bench, speeds).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from arm_hf.commands.common import quiet_libraries
@@ -25,7 +27,7 @@ from arm_hf.training.options import TrainingOptions
 
 HOST_OPTIONS = {"resclip": {"pamr_iterations": 0}}  # as in its paper; its code's PAMR over all classes takes most time
 FIGURES = ("mean_iou_in_labels", "boundary_iou", "overall_accuracy")
-SIZE = 336  # shorter side of the images, in pixels
+SIZE = 336  # shorter side of the images, in pixels; they are seen whole
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,25 @@ def train_one(bench: Bench, training: Training) -> None:
     (folder / "finished").touch()
 
 
+def training_speed(bench: Bench, steps: int = 40) -> dict[str, float]:
+    """Images a second of the recipe's training, with CLIP in every step and on cached features: medians of the log.
+
+    Args:
+        bench: Where and how.
+        steps: Of each of the two trainings, which are not kept.
+    """
+    from arm_hf.training.train import train
+
+    speeds = {}
+    for name, cached in (("CLIP in every step", False), ("cached features", True)):
+        with TemporaryDirectory(dir=bench.work, prefix=".speed") as folder:
+            changes = {"output_dir": folder, "cache_features": cached, "max_steps": steps, "log_every": 5}
+            train(replace(bench.recipe, **changes, overwrite=True, resume=False))
+            lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        speeds[name] = statistics.median(line["images_per_second"] for line in lines[1:])
+    return speeds
+
+
 def evaluate_set(
     bench: Bench, chosen: TestSet, wanted: Sequence[tuple[str, Training | None]]
 ) -> dict[str, dict[str, float]]:
@@ -199,6 +220,7 @@ def _evaluate(
         common_input=True,
         limit=bench.limit,
         size=SIZE,
+        window=0,
         method_options={host: given for host, given in HOST_OPTIONS.items() if host in hosts},
     )
     plan = make_plan(pipe, source, hosts, options)

@@ -155,11 +155,14 @@ def markdown(evidence: Mapping[str, Any], level: int = 1) -> str:
     lines = [
         f"{'#' * level} What ARM adds to `{evidence['base']}`",
         "",
-        f"All figures in percent, mIoU over the classes in the labels, {photos}. ARM: {recipe['loss']} on "
-        f"{recipe['coarse_form']}, layers {' and '.join(map(str, recipe['fusion_layers']))}, {steps} steps of "
-        f"{recipe['batch_size']}; trained with weight {weight:g}, attached with {weight * evidence['weight']:g}.",
+        f"All figures in percent, mIoU over the classes in the labels, {photos}, photos seen whole. ARM: "
+        f"{recipe['loss']} on {recipe['coarse_form']}, layers {' and '.join(map(str, recipe['fusion_layers']))}, "
+        f"{steps} steps of {recipe['batch_size']}; trained with weight {weight:g}, attached with {weight * evidence['weight']:g}.",
         "",
     ]
+    if speeds := evidence["images_per_second"]:
+        listed = ", ".join(f"{name} {rate:.2f}" for name, rate in speeds.items())
+        lines += [f"Training, views of {recipe['crop_size']} pixels, images a second: {listed}.", ""]
     for name in _names(evidence["records"], "experiment"):
         chosen = [record for record in evidence["records"] if record["experiment"] == name]
         seeds = sorted({record["seed"] for record in chosen})

@@ -108,9 +108,11 @@ def test_a_run_trains_evaluates_and_goes_on_where_it_was(data_folder, tiny_clip_
     variants = (ablate.Variant("paper", {"loss": "bce"}, sets=("voc20",)), ablate.Variant("recipe", sets=("voc20",)))
     monkeypatch.setitem(ablate.EXPERIMENTS, "loss", variants)
     monkeypatch.setattr(ablate, "LAYER_PAIRS", ((1, 2),))
-    ablate.main([*arguments, "--processes", "2"])
+    ablate.main([*arguments, "--processes", "2", "--speed"])
     evidence = json.loads((work / "evidence.json").read_text())
     records = evidence["records"]
+    assert all(evidence["images_per_second"][name] > 0 for name in ("CLIP in every step", "cached features"))
+    assert not list(work.glob(".speed*"))
     assert len(records) == 2 * 2 * 2 + 2 * 2 * 2
     assert {each["set"] for each in records} == {"coco_stuff171", "voc20"}
     assert all(0 <= each[key]["mean_iou_in_labels"] <= 100 for each in records for key in ("alone", "with_arm"))
@@ -125,7 +127,7 @@ def test_a_run_trains_evaluates_and_goes_on_where_it_was(data_folder, tiny_clip_
     monkeypatch.setattr("arm_hf.training.train.train", never)
     monkeypatch.setattr("arm_hf.evaluating.evaluate_data", never)
     ablate.main(arguments)
-    assert json.loads((work / "evidence.json").read_text()) == evidence
+    assert json.loads((work / "evidence.json").read_text()) == {**evidence, "images_per_second": {}}
 
 
 def test_trainings_are_named_after_what_differs_from_the_recipe(tmp_path):
