@@ -157,7 +157,8 @@ def markdown(evidence: Mapping[str, Any], level: int = 1) -> str:
         "",
         f"All figures in percent, mIoU over the classes in the labels, {photos}, photos seen whole. ARM: "
         f"{recipe['loss']} on {recipe['coarse_form']}, layers {' and '.join(map(str, recipe['fusion_layers']))}, "
-        f"{steps} steps of {recipe['batch_size']}; trained with weight {weight:g}, attached with {weight * evidence['weight']:g}.",
+        f"{steps} steps of {recipe['batch_size']}; trained with weight {weight:g}, attached with "
+        f"{weight * evidence['weight']:g}.",
         "",
     ]
     if speeds := evidence["images_per_second"]:
