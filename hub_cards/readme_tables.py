@@ -2,8 +2,8 @@
 
     python -m arm_hf.hub_cards.readme_tables
 
-replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md and arm_hf/SPEED.md, so that nobody types
-it.
+replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, arm_hf/SPEED.md and
+training/EVIDENCE.md, so that nobody types it.
 """
 
 import argparse
@@ -66,6 +66,17 @@ def speed_table(record: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
+def evidence_tables(record: Mapping[str, Any] | None) -> str:
+    """What `training/ablate.py` measured on one base, as Markdown.
+
+    Args:
+        record: Its evidence.json, or None while there is none.
+    """
+    from arm_hf.training.ablation_tables import markdown
+
+    return "No measurement has been recorded here yet." if record is None else markdown(record, level=2).rstrip()
+
+
 def fill(text: str, tables: Mapping[str, str]) -> str:
     """Put tables between their markers.
 
@@ -85,7 +96,7 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
 
 
 def main() -> None:
-    """Writes the tables of README.md and arm_hf/SPEED.md."""
+    """Writes the tables of README.md, arm_hf/SPEED.md and training/EVIDENCE.md."""
     parser = argparse.ArgumentParser(
         prog="python -m arm_hf.hub_cards.readme_tables", description=(__doc__ or "").splitlines()[0]
     )
@@ -93,6 +104,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results" / "arm-clip-mini.json")
     parser.add_argument("--speed", type=Path, default=Path("arm_hf/SPEED.md"))
     parser.add_argument("--benchmark", type=Path, default=HERE / "results" / "benchmark.json")
+    parser.add_argument("--evidence", type=Path, default=Path("training/EVIDENCE.md"))
+    parser.add_argument("--ablations", type=Path, default=HERE / "results", help="folder of evidence-fair.json, ...")
     arguments = parser.parse_args()
     measured = read_json(arguments.results, "training/pretrain_mini.py --results")
     text = arguments.readme.read_text(encoding="utf-8")
@@ -101,7 +114,14 @@ def main() -> None:
     speed = speed_table(read_json(arguments.benchmark, "make bench") if arguments.benchmark.is_file() else None)
     text = arguments.speed.read_text(encoding="utf-8")
     arguments.speed.write_text(fill(text, {"speed": speed}), encoding="utf-8")
-    print(f"Written: {arguments.readme}, {arguments.speed}")
+    files = {base: arguments.ablations / f"evidence-{base}.json" for base in ("fair", "strong")}
+    tables = {
+        base: evidence_tables(read_json(path, "training/ablate.py") if path.is_file() else None)
+        for base, path in files.items()
+    }
+    text = arguments.evidence.read_text(encoding="utf-8")
+    arguments.evidence.write_text(fill(text, tables), encoding="utf-8")
+    print(f"Written: {arguments.readme}, {arguments.speed}, {arguments.evidence}")
 
 
 if __name__ == "__main__":
