@@ -9,7 +9,8 @@ around it. Rows of a map do not depend on each other, so on the CPU they are com
 stay in the processor's cache (`row_blocks`).
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,18 +88,68 @@ def plain_cpu(states: Tensor) -> bool:
     return states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def row_blocks(maps: int, length: int) -> Iterator[tuple[slice, slice]]:
-    """Cut `maps` square maps of side `length` into blocks of about `BLOCK_VALUES` values: which maps, which rows.
+def row_blocks(maps: int, length: int) -> tuple[list[slice], list[slice]]:
+    """Cut `maps` square maps of side `length` into blocks of about `BLOCK_VALUES` values a thread.
 
     Args:
         maps: Number of maps.
         length: Their side.
+
+    Returns:
+        The groups of maps that go together, and the parts of their rows; the first of each are the largest.
     """
-    together = max(1, BLOCK_VALUES // length**2)
-    rows = -(-length // -(-(length**2) // BLOCK_VALUES))
-    for first in range(0, maps, together):
-        for top in range(0, length, rows):
-            yield slice(first, first + together), slice(top, top + rows)
+    values = BLOCK_VALUES * torch.get_num_threads()
+    together = max(1, values // length**2)
+    rows = -(-length // -(-(length**2) // values))
+    groups = [slice(first, min(first + together, maps)) for first in range(0, maps, together)]
+    return groups, [slice(top, min(top + rows, length)) for top in range(0, length, rows)]
+
+
+def block_space(like: Tensor, count: int = 1) -> Tensor:
+    """Memory for `count` blocks of the maps of (..., heads, L, d); the same for all, so that it stays in the cache.
+
+    Args:
+        like: Of the type and on the device wanted, (..., heads, L, d).
+        count: Number of blocks.
+    """
+    groups, parts = row_blocks(*like.shape[-3:-1])
+    return like.new_empty(count, groups[0].stop * parts[0].stop * like.shape[-2])
+
+
+def products(left: Tensor, right: Tensor, space: Tensor) -> Tensor:
+    """left right^T in memory that is there already, (n, L, M).
+
+    Args:
+        left: (n, L, d).
+        right: (n, M, d).
+        space: Flat, with room for the result.
+    """
+    shape = (len(left), left.shape[1], right.shape[1])
+    return torch.bmm(left, right.transpose(1, 2), out=space[: math.prod(shape)].view(shape))
+
+
+def exponentials(query: Tensor, key: Tensor, space: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerators of softmax(query key^T), and what they are to be multiplied with: one over the sums of rows.
+
+    Softmax does not change when a row is shifted. The search for the largest of each row and the subtraction are two
+    more passes over the map, so they are left to maps whose sums leave the safe range of float32.
+
+    Args:
+        query: (n, L, d).
+        key: (n, M, d).
+        space: See `products`.
+
+    Returns:
+        (n, L, M) and (n, L, 1), float32.
+    """
+    weights = products(query, key, space).float().exp_()
+    sums = weights.sum(dim=-1, keepdim=True)
+    least, most = sums.aminmax()
+    if not (least > 1e-20 and most < 1e30):
+        weights = products(query, key, space).float()
+        weights = weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()
+        sums = weights.sum(dim=-1, keepdim=True)
+    return weights, sums.reciprocal_()
 
 
 def attend_and_add(query: Tensor, key: Tensor, value: Tensor, scale: float, totals: Sequence[Tensor]) -> Tensor:
@@ -107,21 +158,25 @@ def attend_and_add(query: Tensor, key: Tensor, value: Tensor, scale: float, tota
     Args:
         query, key, value: (B, heads, L, d).
         scale: Factor on the products.
-        totals: Sums of maps so far, each (B, heads, L, L) float32 and contiguous; they are changed.
+        totals: Sums of maps so far, each (B, heads, L, L) float32; they are changed.
 
     Returns:
         (B, heads, L, d).
     """
-    shape = query.shape
-    query, key, value = (states.flatten(0, 1).contiguous() for states in (query * scale, key, value))
-    sums = [total.view(-1, shape[2], shape[2]) for total in totals]
-    attended = torch.empty_like(value)
-    for maps, rows in row_blocks(*query.shape[:2]):
-        weights = torch.bmm(query[maps, rows], key[maps].transpose(1, 2)).softmax(dim=-1, dtype=torch.float32)
-        for total in sums:
-            total[maps, rows] += weights
-        attended[maps, rows] = torch.bmm(weights.to(value.dtype), value[maps])
-    return attended.unflatten(0, shape[:2])
+    query, attended, space = query * scale, torch.empty_like(value), block_space(value)[0]
+    groups, parts = row_blocks(*value.shape[1:3])
+    for image in range(len(value)):  # of an image all heads are views, of a batch they would have to be copied
+        for maps in groups:
+            own, memory = key[image, maps], value[image, maps]
+            for rows in parts:
+                weights, share = exponentials(query[image, maps, rows], own, space)
+                for total in totals:
+                    total[image, maps, rows].addcmul_(weights, share)
+                if value.dtype == torch.float32:
+                    attended[image, maps, rows] = torch.bmm(weights, memory).mul_(share)
+                else:
+                    attended[image, maps, rows] = torch.bmm(weights.mul_(share).to(value.dtype), memory)
+    return attended
 
 
 def run_block(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import attend, merge_heads, plain_cpu, project_heads, row_blocks
+from .attention import attend, block_space, merge_heads, plain_cpu, products, project_heads, row_blocks
 from .decision import MAX_CHUNK_VALUES
 from .method import Method, MethodContext, MethodSettings, ScoreMap, register_method, setting
 from .trunk import TrunkOutput, TrunkRequest
@@ -33,6 +33,8 @@ from .trunk import TrunkOutput, TrunkRequest
 DUAL_PATH_METHODS = ("gem", "clip_surgery")
 
 SURGERIES = ("features", "redundant_text", "none")
+
+MAX_UNSHIFTED = 30.0  # up to this tau neither exp(tau) nor the square of a sum over tokens leaves float32
 
 
 @dataclass(frozen=True)
@@ -170,10 +172,11 @@ def gem_attention(
         (B, heads, L, d).
     """
     tau = torch.as_tensor(temperature, dtype=torch.float32, device=value.device).expand(len(value))
-    if plain_cpu(value) and value.dtype == torch.float32:
-        return _gem_by_blocks(query, key, value, tau, iterations)
+    length = tau.sqrt()[:, None, None, None]
+    if plain_cpu(value) and value.dtype == torch.float32 and tau.max() <= MAX_UNSHIFTED:
+        return _gem_by_blocks(query, key, value, length, iterations)
     states = torch.cat((value, key, query))  # (3B, heads, L, d): one fused call for the three
-    length = tau.repeat(3).sqrt().to(states.dtype)[:, None, None, None]
+    length = length.repeat(3, 1, 1, 1).to(states.dtype)
     for _ in range(iterations):
         states = _of_length(states, length)
         states = attend(states, states, states, 1.0)
@@ -187,39 +190,53 @@ def _of_length(states: Tensor, length: Tensor) -> Tensor:
     return states * (length / states.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
 
-def _gem_by_blocks(query: Tensor, key: Tensor, value: Tensor, tau: Tensor, iterations: int) -> Tensor:
-    """`gem_attention` with fewer products: the three maps are added before they meet the values.
+def _gem_by_blocks(query: Tensor, key: Tensor, value: Tensor, length: Tensor, iterations: int) -> Tensor:
+    """`gem_attention` on the CPU with fewer products: the three maps are added before they meet the values.
 
-    No product exceeds the tau of the diagonal, so exp(tau cos - tau) needs no search for the maximum; and in the
-    refinement the sums of the rows change lengths only, which are set anew anyway.
+    tau cos is at most tau, so exp needs no search for the largest of a row.
+
+    Args:
+        query, key, value: (B, heads, L, d).
+        length: sqrt(tau), (B, 1, 1, 1).
+        iterations: Steps of self-refinement.
     """
-    heads = value.shape[1]
-    highest = tau.repeat_interleave(heads)[:, None, None]  # (B * heads, 1, 1)
-    states = [states.flatten(0, 1).contiguous() for states in (value, key, query)]  # (B * heads, L, d)
-    value = states[0]
+    states = [_of_length(z, length) for z in (value, key, query)]
+    attended, spaces = torch.empty_like(value), block_space(value, 2)
+    groups, parts = row_blocks(*value.shape[1:3])
+    for image, factor in enumerate(length):  # of an image all heads are views, of a batch they would have to be copied
+        for maps in groups:
+            chosen = [z[image, maps] for z in states]  # (heads, L, d)
+            for _ in range(iterations):
+                chosen = [_of_length(_refined(z, parts, spaces[0]), factor) for z in chosen]
+            for rows in parts:
+                mean: Tensor | None = None
+                for z in chosen:
+                    weights = products(z[:, rows], z, spaces[0 if mean is None else 1]).exp_()
+                    share = weights.sum(dim=-1, keepdim=True).mul_(3).reciprocal_()
+                    mean = weights.mul_(share) if mean is None else mean.addcmul_(weights, share)
+                assert mean is not None  # there are three states
+                attended[image, maps, rows] = torch.bmm(mean, value[image, maps])
+    return attended
 
-    def exponentials(z: Tensor, maps: slice, rows: slice) -> Tensor:
-        return torch.bmm(z[maps, rows], z[maps].transpose(1, 2)).sub_(highest[maps]).exp_()
 
-    for step in range(iterations + 1):
-        states = [_of_length(z, highest.sqrt()) for z in states]
-        if step == iterations:
-            break
-        refined = [torch.empty_like(z) for z in states]
-        for maps, rows in row_blocks(*value.shape[:2]):
-            for z, target in zip(states, refined, strict=True):
-                target[maps, rows] = torch.bmm(exponentials(z, maps, rows), z[maps])
-        states = refined
-    attended = torch.empty_like(value)
-    for maps, rows in row_blocks(*value.shape[:2]):
-        mean: Tensor | None = None
-        for z in states:
-            weights = exponentials(z, maps, rows)
-            share = weights.sum(dim=-1, keepdim=True).mul_(3).reciprocal_()
-            mean = weights.mul_(share) if mean is None else mean.addcmul_(weights, share)
-        assert mean is not None  # there are three states
-        attended[maps, rows] = torch.bmm(mean, value[maps])
-    return attended.unflatten(0, (-1, heads))
+def _refined(states: Tensor, parts: list[slice], space: Tensor) -> Tensor:
+    """exp(z z^T) z: the softmax would divide rows by their sums, which changes lengths that are set anew anyway.
+
+    The map is symmetric: a part of its rows is computed from the diagonal on, and serves as columns of the rest.
+
+    Args:
+        states: z, (heads, L, d).
+        parts: All rows, part by part.
+        space: Room for the map of a part.
+    """
+    refined = torch.zeros(states.shape, dtype=states.dtype)
+    for rows in parts:
+        own, rest = states[:, rows], states[:, rows.start :]
+        weights = products(own, rest, space).exp_()
+        refined[:, rows].baddbmm_(weights, rest)
+        if rows is not parts[-1]:
+            refined[:, rows.stop :].baddbmm_(weights[:, :, own.shape[1] :].transpose(1, 2), own)
+    return refined
 
 
 @register_method(

@@ -7,6 +7,7 @@ streams are layer-normalised inputs of the blocks; probabilities, not cosines, a
 one stream is propagated along the attention and added.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,7 @@ def balance(weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return 1 / (columns @ weights.transpose(-2, -1)), columns
 
 
-def fused_attention(total: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def fused_attention(total: Tensor, values: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """CLIPer's attention of one image: summed maps, normalised once more for every stream, applied to its values.
 
     The map of a stream is relu(S - column mean of S) with rows divided by their sums, S the symmetric half of the
@@ -123,36 +124,36 @@ def fused_attention(total: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         total: W, (heads, L, L) float32.
-        values: (S, heads, L, d).
+        values: Of every stream, (heads, L, d).
 
     Returns:
-        Attended values (S, heads, L, d), and the map of the last stream averaged over heads, (L, L).
+        Attended values of every stream, (heads, L, d), and the map of the last averaged over heads, (L, L).
     """
-    num_streams, num_heads, length = values.shape[:3]
-    attended, mean = torch.empty_like(values), torch.zeros_like(total[0])
-    factors = []
-    rows = torch.ones_like(total[:, :1])
-    for _ in range(num_streams):
-        rows, columns = balance(total, rows)
-        factors.append((rows, columns))
-    weighted = torch.stack([rows for rows, _ in factors]).transpose(-2, -1) * values  # r_j v_j, (S, heads, L, d)
-    means = []
-    for index, (rows, columns) in enumerate(factors):
-        following = 1 / factors[index + 1][1] if index + 1 < num_streams else rows @ total  # column sums of diag(r) W
-        means.append((1 + columns * following) / (length * rows))
-    for maps, part in row_blocks(num_heads, length):
-        upright = total[maps, part]
-        turned = total[maps, :, part].transpose(1, 2).contiguous()  # W_ji
-        for stream, (rows, columns) in enumerate(factors):
-            own, ratio = rows[maps], columns[maps] / rows[maps]  # (h, 1, L)
-            sharp = upright * ratio
-            sharp.addcmul_(turned, ratio[..., part].transpose(1, 2))
-            sharp.addcmul_(means[stream][maps], 1 / own[..., part].transpose(1, 2), value=-1).relu_()
-            sums = sharp @ own.transpose(1, 2)  # (h, n, 1)
-            product = torch.bmm(sharp.to(values.dtype), weighted[stream, maps].to(values.dtype))
-            attended[stream, maps, part] = product / sums.to(values.dtype)
-            if stream == num_streams - 1:
-                mean[part] += (sharp * (own / (sums * num_heads))).sum(dim=0)
+    num_streams, num_heads, length = len(values), *values[0].shape[:2]
+    dtype = values[0].dtype
+    attended, mean = [torch.empty_like(value) for value in values], torch.zeros_like(total[0])
+    groups, parts = row_blocks(num_heads, length)
+    for maps in groups:
+        weights = total[maps]  # (h, L, L), read again for every stream: few maps stay in the cache
+        factors = [balance(weights, torch.ones_like(weights[:, :1]))]
+        for _ in range(num_streams - 1):
+            factors.append(balance(weights, factors[-1][0]))
+        rows, columns = (torch.stack(each) for each in zip(*factors, strict=True))  # (S, h, 1, L)
+        following = torch.cat([1 / columns[1:], (rows[-1] @ weights)[None]])  # column sums of diag(r) W
+        ratio, means = columns / rows, (1 + columns * following) / (-length * rows)
+        upright_ratio, inverse = ratio.transpose(-2, -1), (1 / rows).transpose(-2, -1)  # (S, h, L, 1)
+        own = rows.transpose(-2, -1)
+        weighted = (own * torch.stack([value[maps] for value in values])).to(dtype)  # r_j v_j, (S, h, L, d)
+        for part in parts:
+            upright = weights[:, part]
+            turned = weights[:, :, part].transpose(1, 2).contiguous()  # W_ji
+            for stream in range(num_streams):
+                sharp = upright * ratio[stream]
+                sharp.addcmul_(turned, upright_ratio[stream, :, part])
+                sharp.addcmul_(means[stream], inverse[stream, :, part]).relu_()
+                sums = sharp @ own[stream]  # (h, n, 1)
+                attended[stream][maps, part] = torch.bmm(sharp.to(dtype), weighted[stream]) / sums.to(dtype)
+            mean[part] += (sharp * (rows[-1] / (sums * num_heads))).sum(dim=0)
     return attended, mean
 
 
@@ -182,22 +183,22 @@ class Cliper(Method):
         """Projected features of every stream, (S, B, L, D), and the attention used last, mean of heads, (B, L, L)."""
         block, tower = context.tower.last_block, context.tower
         attention = block.self_attn
-        normed = block.layer_norm1(torch.stack(self.streams(context)))  # (S, B, L, W)
-        values = split_heads(attention.v_proj(normed).flatten(0, 1), attention.num_heads)
-        values = values.unflatten(0, normed.shape[:2])  # (S, B, heads, L, d)
+        normed = [block.layer_norm1(stream) for stream in self.streams(context)]  # S of (B, L, W)
+        values = [split_heads(attention.v_proj(stream), attention.num_heads) for stream in normed]
         if settings.attention == "fused":
             total = context.trunk.map_sums[tuple(range(len(normed) - 1))]
-            images = [fused_attention(*pair) for pair in zip(total, values.unbind(1), strict=True)]
-            attended = torch.stack([found for found, _ in images], dim=1)
+            images = [fused_attention(*pair) for pair in zip(total, zip(*values, strict=True), strict=True)]
+            streams = zip(*(attended for attended, _ in images), strict=True)
+            tokens = [torch.cat([merge_heads(image[None]) for image in stream]) for stream in streams]  # (B, L, W)
             weights = torch.stack([mean for _, mean in images])
         else:
-            attended, weights = torch.empty_like(values), values
-            for index, (stream, value) in enumerate(zip(normed, values, strict=True)):
+            tokens, weights = [], values[0]
+            for stream, value in zip(normed, values, strict=True):
                 weights = self._own_attention(attention, stream, value, settings.attention)
-                attended[index] = weights.to(value.dtype) @ value
+                tokens.append(merge_heads(weights.to(value.dtype) @ value))
             weights = weights.float().mean(dim=1)
-        tokens = attention.out_proj(merge_heads(attended.flatten(0, 1)))  # (S*B, L, W)
-        return tower.project(tokens).unflatten(0, normed.shape[:2]), weights
+        # Stream by stream: tensors of all of them at once would be new memory at every step.
+        return torch.stack([tower.project(attention.out_proj(each)) for each in tokens]), weights
 
     @staticmethod
     def _own_attention(attention: Any, normed: Tensor, value: Tensor, kind: str) -> Tensor:
@@ -242,7 +243,8 @@ class Cliper(Method):
         scale = context.logit_scale if settings.logit_scale is None else settings.logit_scale
 
         def logits(features: Tensor) -> Tensor:
-            return scale * F.normalize(features.float(), dim=-1) @ rows.T  # (S, B, n, R)
+            lengths = features.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            return features.float() @ rows.T * (scale / lengths)  # (S, B, n, R)
 
         streams = context.scratch["streams"]
         probabilities = logits(streams).softmax(dim=-1)

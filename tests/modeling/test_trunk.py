@@ -13,6 +13,22 @@ def noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0.0, 1000.0, -1000.0])
+def test_maps_of_any_height_are_added(shift, dtype, monkeypatch):
+    """A map does not change when all scores of a row are shifted, not even out of reach of the exponential function."""
+    monkeypatch.setattr(attention, "BLOCK_VALUES", 50)
+    query, key, value = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
+    query[1, ..., 0], key[1, ..., 0] = 4.0, shift / 2
+    totals = [torch.ones(2, 4, 9, 9), torch.zeros(2, 4, 9, 9)]
+    expected = ((query * 0.5) @ key.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32)
+    found = attention.attend_and_add(query, key, value, 0.5, totals)
+    close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(found, expected.to(dtype) @ value, **close)
+    torch.testing.assert_close(totals[0] - 1, expected, **close)
+    torch.testing.assert_close(totals[1], expected, **close)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(64, 64), (80, 48)])
 def test_hidden_states_and_maps_are_those_of_transformers(tiny_clip, size):
