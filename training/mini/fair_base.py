@@ -51,9 +51,9 @@ class TagStage:
     views: int = 2000
     size: int = 224
     min_share: float = 0.005
-    steps: int = 400
+    steps: int = 1200
     batch_size: int = 16
-    lr: float = 3e-4
+    lr: float = 4e-4
     lr_projection: float = 9e-4
     weight_decay: float = 0.05
     warmup: int = 30
