@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import attention_map, merge_heads, row_blocks, split_heads
+from .attention import attention_map, block_space, merge_heads, plain_cpu, row_blocks, split_heads
 from .cliper_windows import run_windows, window_probabilities
 from .method import Method, MethodContext, MethodSettings, ScoreGate, ScoreMap, register_method, setting
 from .trunk import TrunkRequest
@@ -133,6 +133,7 @@ def fused_attention(total: Tensor, values: Sequence[Tensor]) -> tuple[list[Tenso
     dtype = values[0].dtype
     attended, mean = [torch.empty_like(value) for value in values], torch.zeros_like(total[0])
     groups, parts = row_blocks(num_heads, length)
+    space = block_space(values[0])[0].float() if plain_cpu(values[0]) else None
     for maps in groups:
         weights = total[maps]  # (h, L, L), read again for every stream: few maps stay in the cache
         factors = [balance(weights, torch.ones_like(weights[:, :1]))]
@@ -143,17 +144,19 @@ def fused_attention(total: Tensor, values: Sequence[Tensor]) -> tuple[list[Tenso
         ratio, means = columns / rows, (1 + columns * following) / (-length * rows)
         upright_ratio, inverse = ratio.transpose(-2, -1), (1 / rows).transpose(-2, -1)  # (S, h, L, 1)
         own = rows.transpose(-2, -1)
-        weighted = (own * torch.stack([value[maps] for value in values])).to(dtype)  # r_j v_j, (S, h, L, d)
+        weighted = [(factor * value[maps]).to(dtype) for factor, value in zip(own, values, strict=True)]  # r_j v_j
         for part in parts:
             upright = weights[:, part]
+            place = None if space is None else space[: upright.numel()].view(upright.shape)
             turned = weights[:, :, part].transpose(1, 2).contiguous()  # W_ji
             for stream in range(num_streams):
-                sharp = upright * ratio[stream]
+                sharp = torch.mul(upright, ratio[stream], out=place)
                 sharp.addcmul_(turned, upright_ratio[stream, :, part])
                 sharp.addcmul_(means[stream], inverse[stream, :, part]).relu_()
                 sums = sharp @ own[stream]  # (h, n, 1)
-                attended[stream][maps, part] = torch.bmm(sharp.to(dtype), weighted[stream]) / sums.to(dtype)
-            mean[part] += (sharp * (rows[-1] / (sums * num_heads))).sum(dim=0)
+                attended[stream][maps, part] = torch.bmm(sharp.to(dtype), weighted[stream]).div_(sums.to(dtype))
+            for head, shares in zip(sharp, rows[-1] / (sums * num_heads), strict=True):
+                mean[part].addcmul_(head, shares)
     return attended, mean
 
 
