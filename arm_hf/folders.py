@@ -303,8 +303,11 @@ def _walk(folder: Path, left_out: Path | None) -> Iterator[Path]:
             name for name in folders if not name.startswith(".") and Path(parent, name).resolve() != left_out
         )
         for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS):
-                yield Path(parent, name)
+            path = Path(parent, name)
+            if name.startswith(".") or not name.lower().endswith(IMAGE_EXTENSIONS):
+                continue
+            if path.is_file() or not path.exists():  # no pipe, which would wait; a dangling link is an error later
+                yield path
 
 
 def _name_of(address: str) -> str:

@@ -138,3 +138,11 @@ def test_read_image(tmp_path):
     assert read_image(tmp_path / "a.png").mode == "RGB"
     with pytest.raises(UnreadableImage, match=r"missing\.png"):
         read_image(tmp_path / "missing.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes on this system")
+def test_a_named_pipe_in_a_folder_is_no_picture_and_waits_for_nobody(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    os.symlink(tmp_path / "gone.png", tmp_path / "c.png")  # its error comes when it is read
+    assert names(collect_images([tmp_path])) == ["a.png", "c.png"]
