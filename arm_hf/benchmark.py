@@ -367,14 +367,14 @@ def run_sections(
         with tqdm(
             total=rounds * len(candidates), disable=not progress, unit="run", desc=section, file=sys.stderr
         ) as bar:
-            yield measure(bench.reference, candidates, section, rounds, device, clock, bar)
+            yield measure(bench.reference, candidates, section, rounds, device, clock, bar, bench.pixels.dtype)
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, with what every target says and whether it is kept."""
     lines = [
-        "| | ms | x plain (quartiles) | FLOPs x plain | added | FLOPs added | over | peak MiB | target | |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| | ms | x plain (quartiles) | FLOPs x plain | added | FLOPs added | over | peak MiB | floor | target | |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})"
@@ -389,6 +389,7 @@ def markdown(rows: Sequence[Row]) -> str:
             _cell(row.flops_added, "+.2f"),
             _cell(row.over, ".2f"),
             _cell(row.peak_mib, ".0f"),
+            _cell(row.floor, ".2f"),
             target,
             remarks,
         )

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+
+from arm_hf.floors import Bare, Work, count_work
 
 BOUNDS = ("ratio", "added", "over", "mib")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -66,6 +67,7 @@ class Row:
         giga_flops: Multiply-adds of matrix products, convolutions and attention times two, in 1e9.
         flops_ratio: The same over the reference's.
         flops_added, flops_over: What the host's leave of it, like `added` and `over`.
+        floor: Least that the bounded value can be on this machine, see `floors`; None where nothing is bounded.
         peak_mib: Greatest size of all tensors made during one run, or what a process of its own grew by.
     """
 
@@ -82,6 +84,7 @@ class Row:
     flops_ratio: float | None = None
     flops_added: float | None = None
     flops_over: float | None = None
+    floor: float | None = None
     peak_mib: float | None = None
     target: float | None = None
     bound: str = "ratio"
@@ -93,13 +96,8 @@ class Row:
         return self.peak_mib if self.bound == "mib" else getattr(self, self.bound)
 
     @property
-    def floor(self) -> float | None:
-        """What the operations alone would make of it, at the reference's operations per second."""
-        return {"ratio": self.flops_ratio, "added": self.flops_added, "over": self.flops_over}.get(self.bound)
-
-    @property
     def verdict(self) -> str:
-        """ "met"; "floor" where the operations alone are more than the target; else "missed"; "" without a target."""
+        """ "met"; "floor" where bare operations alone exceed the target; else "missed"; "" without a target."""
         if self.target is None or self.value is None:
             return ""
         if self.value <= self.target:
@@ -164,13 +162,6 @@ def measure_memory(run: Callable[[], Any], device: str) -> int:
     return memory.peak
 
 
-def count_flops(run: Callable[[], Any]) -> int:
-    """Operations of matrix products, convolutions and attention."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
 def resident_mib(peak: bool = False) -> float:
     """Memory of this process, now or at its highest so far."""
     status = Path("/proc/self/status")
@@ -220,6 +211,7 @@ def measure(
     device: str = "cpu",
     clock: str = "wall",
     progress: Any = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Row]:
     """Measure candidates of one section.
 
@@ -231,6 +223,7 @@ def measure(
         device: Where they run.
         clock: "wall", or "cpu" for the processor's time, which other processes disturb less; only with one thread.
         progress: A bar with `update` and `set_postfix_str`, updated once for every run of a candidate.
+        dtype: Of the bare products that floors are made of.
 
     Raises:
         ValueError: There is no round, or no such clock.
@@ -251,11 +244,13 @@ def measure(
         return max(now() - began, 1e-9)
 
     times: dict[str, list[tuple[float, float, float | None]]] = {candidate.name: [] for candidate in candidates}
+    floors: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     with torch.inference_mode():
-        counts: dict[Any, int] = {}
+        bare = Bare(device, dtype)
+        counts: dict[Any, Work] = {}
         for run in (reference, *(run for each in candidates for run in (each.run, each.host))):
             if run is not None and run not in counts:
-                counts[run] = count_flops(run)
+                counts[run] = count_work(run)
         memory = {candidate.name: measure_memory(candidate.run, device) for candidate in candidates}
         for _ in range(rounds):
             for candidate in candidates:
@@ -264,6 +259,9 @@ def measure(
                 base = seconds(reference)
                 host = None if candidate.host is None else seconds(candidate.host)
                 times[candidate.name].append((base, seconds(candidate.run), host))
+                if candidate.target is not None:
+                    least = bare.speed(seconds)
+                    floors[candidate.name].append(_floor(candidate, counts, least, base, host))
                 if progress is not None:
                     progress.update()
     rows = []
@@ -271,8 +269,8 @@ def measure(
         measured = times[candidate.name]
         ratios = [own / base for base, own, _ in measured]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        flops, plain = counts[candidate.run], max(1, counts[reference])
-        under = None if candidate.host is None else counts[candidate.host]
+        flops, plain = counts[candidate.run].flops, max(1, counts[reference].flops)
+        under = None if candidate.host is None else counts[candidate.host].flops
         rows.append(
             Row(
                 name=candidate.name,
@@ -288,6 +286,7 @@ def measure(
                 flops_ratio=round(flops / plain, 3),
                 flops_added=None if under is None else round((flops - under) / plain, 3),
                 flops_over=None if under is None else round(flops / max(1, under), 3),
+                floor=_median(floors[candidate.name]),
                 peak_mib=round(memory[candidate.name] / 2**20, 1),
                 target=candidate.target,
                 bound=candidate.bound,
@@ -295,6 +294,18 @@ def measure(
             )
         )
     return rows
+
+
+def _floor(
+    candidate: Candidate, counts: dict[Any, Work], least: Callable[[Work], float], base: float, host: float | None
+) -> float:
+    """Least that the bounded value can be, from times of one round."""
+    own = counts[candidate.run]
+    if candidate.bound == "over" and host is not None:
+        return least(own) / host
+    if candidate.bound == "added" and candidate.host is not None:
+        own -= counts[candidate.host]
+    return least(own) / base
 
 
 def _median(values: Any) -> float | None:

@@ -50,8 +50,8 @@ def speed_table(record: Mapping[str, Any] | None) -> str:
     lines = [
         ", ".join(f"{name} {value}" for name, value in facts.items()) + ".",
         "",
-        "| | measured | operations alone | target | |",
-        "|---|---:|---:|---:|---|",
+        "| | measured | operations alone | floor | target | |",
+        "|---|---:|---:|---:|---:|---|",
     ]
     for row in record["rows"]:
         if row["target"] is None:
@@ -59,9 +59,10 @@ def speed_table(record: Mapping[str, Any] | None) -> str:
         bound, digits = row["bound"], 0 if row["bound"] == "mib" else 2
         unit = BOUND_UNITS[bound]
         alone = row.get({"ratio": "flops_ratio", "added": "flops_added", "over": "flops_over"}.get(bound, ""))
+        counted, floor = ("-" if value is None else f"{value:.2f}" for value in (alone, row.get("floor")))
         lines.append(
-            f"| {row['name']} | {row['value']:.{digits}f} {unit} | {'-' if alone is None else f'{alone:.2f}'} | "
-            f"{row['target']:g} | {row['verdict']} |"
+            f"| {row['name']} | {row['value']:.{digits}f} {unit} | {counted} | {floor} | {row['target']:g} | "
+            f"{row['verdict']} |"
         )
     return "\n".join(lines)
 

@@ -109,6 +109,6 @@ def benchmark(
             typer.echo(f"not measured: {name}: {reason}")
         verdicts = [row.verdict for row in rows if row.verdict]
         counts = ", ".join(f"{verdicts.count(name)} {name}" for name in ("met", "floor", "missed"))
-        typer.echo(f"targets: {counts} (floor: the operations alone are more than the target allows)")
+        typer.echo(f"targets: {counts} (floor: bare operations take more than the target allows)")
         if out is not None:
             typer.echo(f"written to {out}")

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from arm_hf import benchmark
 from arm_hf.benchmark import Bench, build_clip, eager_copy, markdown, report, run_sections
-from arm_hf.measuring import Candidate, PeakMemory, Row, count_flops, measure, resident_mib, run_in_child
+from arm_hf.floors import Bare, Work, count_work
+from arm_hf.measuring import Candidate, PeakMemory, Row, measure, resident_mib, run_in_child
 from arm_hf.modeling.dense_clip import DenseCLIP
 from arm_hf.modeling.modeling_arm import ARMModel
 
@@ -32,7 +33,7 @@ def test_the_reference_is_the_same_model_with_eager_attention():
 
 def test_operations_and_memory_are_counted():
     left, right = torch.ones(64, 32), torch.ones(32, 16)
-    assert count_flops(lambda: left @ right) == 2 * 64 * 32 * 16
+    assert count_work(lambda: left @ right) == Work(2 * 64 * 32 * 16, 0, 0)
     with PeakMemory() as memory:
         for _ in range(3):
             (torch.ones(1000) + 1).view(10, 100).sum()
@@ -51,15 +52,51 @@ def test_growth_of_a_process_of_its_own():
         run_in_child("raise ValueError('no')")
 
 
+def test_work_is_counted_and_takes_at_least_so_long():
+    scores, states = torch.zeros(2, 3, 5), torch.ones(2, 4, 5, 8)
+    work = count_work(lambda: (scores.softmax(-1), scores.exp(), scores.sigmoid(), scores @ torch.ones(2, 5, 7)))
+    assert work == Work(0, 2 * 2 * 3 * 5 * 7, 2 * 2 * 3 * 5)
+    with torch.inference_mode():
+        work = count_work(lambda: F.scaled_dot_product_attention(states, states, states))
+    assert work == Work(0, 2 * 4 * 2 * 2 * 5 * 5 * 8, 2 * 4 * 5 * 5)
+    assert Work(7, 5, 3) - Work(3, 4, 1) == Work(4, 1, 2) and Work(7, 5, 3).flops == 12
+    bare = Bare("cpu", torch.float32)
+    clocked = iter([3.0, 2.0, 4.0, 0.9, 0.8, 0.7, 0.2, 0.1, 0.3])  # of three calls the fastest counts
+    least = bare.speed(lambda run: run() or next(clocked))
+    with torch.inference_mode():
+        for run, expected in ((bare.multiply, 2.0), (bare.attend, 0.7), (bare.exponentiate, 0.1)):
+            assert least(count_work(run)) == pytest.approx(expected)
+
+
+def test_floors_follow_what_the_target_bounds():
+    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+
+    def times(count):
+        return lambda: [a @ b for _ in range(count)]
+
+    reference, host, run = times(4), times(2), times(3)
+    shown = [
+        Candidate("ratio", run, target=1.0),
+        Candidate("added", run, host, 1.0, "added"),
+        Candidate("over", run, host, 1.0, "over"),
+        Candidate("without a target", run),
+    ]
+    ratio, added, over, free = measure(reference, shown, "x", rounds=5)
+    assert free.floor is None and free.verdict == ""
+    for row in (ratio, over):
+        assert 0 < row.floor < 1.5 * row.value  # the same kernel: near it, and not far above whatever the noise
+    assert 0 < added.floor < ratio.floor < over.floor
+
+
 @pytest.mark.parametrize(
     ("row", "verdict"),
     [
-        (Row("a", "x", ratio=1.0, flops_ratio=0.9, target=1.0), "met"),
-        (Row("a", "x", ratio=1.1, flops_ratio=0.9, target=1.0), "missed"),
-        (Row("a", "x", ratio=1.3, flops_ratio=1.2, target=1.0), "floor"),
+        (Row("a", "x", ratio=1.0, floor=1.2, target=1.0), "met"),
+        (Row("a", "x", ratio=1.1, flops_ratio=1.2, floor=0.9, target=1.0), "missed"),
+        (Row("a", "x", ratio=1.3, flops_ratio=0.9, floor=1.2, target=1.0), "floor"),
         (Row("a", "x", ratio=3.0, added=0.1, target=0.2, bound="added"), "met"),
-        (Row("a", "x", ratio=0.1, added=0.4, flops_added=0.3, target=0.2, bound="added"), "floor"),
-        (Row("a", "x", ratio=0.1, over=1.4, flops_over=1.0, target=1.0, bound="over"), "missed"),
+        (Row("a", "x", ratio=0.1, added=0.4, floor=0.3, target=0.2, bound="added"), "floor"),
+        (Row("a", "x", ratio=0.1, over=1.4, floor=1.0, target=1.0, bound="over"), "missed"),
         (Row("a", "x", peak_mib=5.0, target=4.0, bound="mib"), "missed"),
         (Row("a", "x", ratio=9.0), ""),
     ],

@@ -40,11 +40,12 @@ def test_a_row_of_the_guide_on_speed() -> None:
         "verdict": "missed",
         "bound": "added",
         "flops_added": 0.146,
+        "floor": 0.131,
     }
     record = {"setting": {"rounds": 7}, "machine": {"threads": 2}, "rows": [row, {"name": "plain", "target": None}]}
     lines = speed_table(record).splitlines()
     assert lines[0] == "rounds 7, threads 2." and len(lines) == 5
-    assert lines[-1] == "| gem + ARM | 0.17 x plain added | 0.15 | 0.16 | missed |"
+    assert lines[-1] == "| gem + ARM | 0.17 x plain added | 0.15 | 0.13 | 0.16 | missed |"
 
 
 def test_only_what_stands_between_the_markers_changes() -> None:
