@@ -184,7 +184,7 @@ def make_plan(
         templates = getattr(pipe.model.config, "templates", None) or "imagenet80"
         protocol = plain_protocol(data.name, data.classes, data.background_index, options.labels, templates)
     else:
-        protocol = load_protocol(options.protocol)
+        protocol = load_protocol(options.protocol).for_data(data)
     table = align_labels(protocol, data, options.trust_order)
     clip = pipe.model.clip if hasattr(pipe.model, "arm") else pipe.model
     backbone = backbone_of(clip.config.vision_config)

@@ -25,7 +25,14 @@ from arm_hf.modeling.prompts import Label, Vocabulary, parse_labels
 PLAIN = "plain"
 BACKBONES = ("B/16", "L/14")
 
-_FOLDER = Path(__file__).parent / "assets" / "protocols"
+_ASSETS = Path(__file__).parent / "assets"
+_FOLDER = _ASSETS / "protocols"
+_FROM_DATA = "data"  # as a protocol's label set: the data set names its classes
+_OF_DATA = "those of the data set"
+_NO_WORDS = (
+    "this protocol takes the words of the data set that is evaluated; name that: Protocol.for_data(data) in Python, "
+    "arm-hf evaluate --data DIR on the command line"
+)
 _MISNAMED = 0.1  # share of classes whose names may differ from the protocol's
 
 
@@ -67,7 +74,7 @@ class MethodSetup:
     Attributes:
         method: Registered name.
         input: What the network sees.
-        labels: Classes with their words, in the order of the label values.
+        labels: Classes with their words, in the order of the label values; none while the data set is to name them.
         background: Index of the class that means "none of the others", or None.
         background_words: Words of a background that is no class of the data set; its pixels count as wrong.
         templates: Prompt templates.
@@ -102,7 +109,13 @@ class MethodSetup:
         return 1 if self.background_words else 0
 
     def vocabulary(self) -> Vocabulary:
-        """Classes, words and background as the decision needs them."""
+        """Classes, words and background as the decision needs them.
+
+        Raises:
+            ValueError: The words are those of a data set, which was not named (`Protocol.for_data`).
+        """
+        if not self.labels:
+            raise ValueError(_NO_WORDS)
         if self.background_words:
             return Vocabulary((Label("background", self.background_words), *self.labels), 0, self.threshold)
         return Vocabulary(self.labels, self.background, self.threshold)
@@ -120,25 +133,33 @@ class MethodSetup:
             if value is not None
         ]
         queries = sum(len(label.words) for label in self.labels) + len(self.background_words)
+        words = f"{queries} words" if self.labels else "the words of the data set"
         templates = self.templates if isinstance(self.templates, str) else f"{len(self.templates)} own templates"
-        parts = [f"{queries} words", templates, settings, *thresholds, f"source: {self.source}", *self.notes]
+        parts = [words, templates, settings, *thresholds, f"source: {self.source}", *self.notes]
         return "; ".join(part for part in parts if part)
 
     def record(self) -> dict[str, Any]:
         """The setup for JSON: every value, the method's settings with their defaults filled in."""
         settings = dataclasses.asdict(get_method(self.method).settings(self.options))
         result = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("labels", "options")}
-        return {**result, "templates": self.templates, "options": settings, "label_words": _words(self.labels)}
+        words = _words(self.labels) or _OF_DATA
+        return {**result, "templates": self.templates, "options": settings, "label_words": words}
 
 
 @dataclass(frozen=True)
 class Protocol:
     """How one data set is evaluated.
 
+    The classes come from a label set (`"label_set": "voc21"` in the protocol's file), from the data set's list of names
+    in `assets/class_names` (`"name_list": "ade847"`; names of a class are separated by commas, and each is a word), or
+    from the data that are evaluated (`"label_set": "data"`; each name is the word). The last is for lists that do not
+    ship with the package: such a protocol knows inputs and settings, but no classes or words before `for_data`.
+
     Attributes:
         name: What users type.
         title: Data set, split and classes in words.
-        classes: Class names in the order of the label values.
+        num_classes: K.
+        class_names: Class names in the order of the label values; none while the data set is to name them.
         background: Index of the background class, or None.
         labels_rule: How label values are read, in words.
         metric: What is reported, in words.
@@ -151,7 +172,8 @@ class Protocol:
 
     name: str
     title: str
-    classes: tuple[str, ...]
+    num_classes: int
+    class_names: tuple[str, ...]
     background: int | None
     labels_rule: str
     metric: str
@@ -160,6 +182,34 @@ class Protocol:
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     published: tuple[Mapping[str, Any], ...] = ()
     arm_threshold_source: str = ""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the label values.
+
+        Raises:
+            ValueError: They are those of a data set, which was not named (`for_data`).
+        """
+        if not self.class_names:
+            raise ValueError(_NO_WORDS)
+        return self.class_names
+
+    def for_data(self, data: Any) -> Protocol:
+        """This protocol, with the class names of a data set as words if it has none of its own.
+
+        Args:
+            data: A `SegmentationData`.
+
+        Raises:
+            ValueError: The data set has another number of classes, or two of one name.
+        """
+        if self.class_names:
+            return self
+        if len(data.classes) != self.num_classes:
+            raise ValueError(_other_classes(self, data))
+        labels = parse_labels([Label(name, (name,)) for name in data.classes])
+        default = dataclasses.replace(self.default, labels=labels)
+        return dataclasses.replace(self, class_names=tuple(data.classes), default=default)
 
     def setup(self, method: str, backbone: str = "B/16", common_input: bool = False) -> MethodSetup:
         """The setup of a method.
@@ -213,7 +263,8 @@ class Protocol:
         return {
             **facts,
             "labels": self.labels_rule,
-            "classes": list(self.classes),
+            **({} if self.class_names else {"num_classes": self.num_classes}),
+            "classes": list(self.class_names) or _OF_DATA,
             **({"arm_threshold_source": self.arm_threshold_source} if self.arm_threshold_source else {}),
             "methods": {setup.method: setup.record() for setup in setups},
         }
@@ -244,14 +295,15 @@ def load_protocol(name: str) -> Protocol:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown protocol {name!r}; {hint}known are {', '.join(known)} and {PLAIN}")
     record = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    labels = load_label_set(record["label_set"])
-    if len(labels) != record["classes"]:
+    labels = _labels(record)
+    if labels and len(labels) != record["classes"]:
         raise ValueError(f"protocol {name} has {record['classes']} classes, its label set {len(labels)}")
     default = record["default"]
     return Protocol(
         name=name,
         title=record["title"],
-        classes=tuple(label.name for label in labels),
+        num_classes=record["classes"],
+        class_names=tuple(label.name for label in labels),
         background=record["background"],
         labels_rule=record["labels"],
         metric=record["metric"],
@@ -271,6 +323,13 @@ def load_protocol(name: str) -> Protocol:
         published=tuple(record["published"]),
         arm_threshold_source=record.get("arm_threshold_source", ""),
     )
+
+
+def _labels(record: Mapping[str, Any]) -> tuple[Label, ...]:
+    if "name_list" in record:
+        lines = (_ASSETS / "class_names" / f"{record['name_list']}.txt").read_text(encoding="utf-8").splitlines()
+        return parse_labels([Label(line, tuple(line.split(","))) for line in lines])
+    return () if record["label_set"] == _FROM_DATA else load_label_set(record["label_set"])
 
 
 def plain_protocol(
@@ -298,7 +357,8 @@ def plain_protocol(
     return Protocol(
         name=PLAIN,
         title=f"{name}: its own {len(classes)} classes, no protocol of the literature",
-        classes=tuple(classes),
+        num_classes=len(classes),
+        class_names=tuple(classes),
         background=background,
         labels_rule=f"0..{len(classes) - 1} kept",
         metric="mIoU over the classes that occur in labels or predictions, all pixels of all images together, at the "
@@ -354,6 +414,7 @@ def align_labels(protocol: Protocol, data: Any, trust_order: bool = False) -> La
     Raises:
         ValueError: The data set's classes are others.
     """
+    protocol = protocol.for_data(data)
     names, wanted = list(data.classes), [(label.name, *label.words) for label in protocol.default.labels]
     ignore = 255 if len(wanted) <= 255 else 65535
     kept = np.arange(len(names), dtype=np.int32)
@@ -367,11 +428,16 @@ def align_labels(protocol: Protocol, data: Any, trust_order: bool = False) -> La
         pairs = list(zip(names[:80], wanted[1:], strict=True))
         return _table(protocol, data, [*values, 0], ignore, "objects 1..80, all else 0", pairs, trust_order)
     else:
-        raise ValueError(
-            f"protocol {protocol.name} has {len(wanted)} classes ({protocol.title}), but {data.name} has {len(names)} "
-            f"({', '.join(names[:4])}, ...); choose another protocol, or {PLAIN} for its own classes"
-        )
+        raise ValueError(_other_classes(protocol, data))
     return _table(protocol, data, [*values, ignore], ignore, rule, pairs, trust_order)
+
+
+def _other_classes(protocol: Protocol, data: Any) -> str:
+    return (
+        f"protocol {protocol.name} has {protocol.num_classes} classes ({protocol.title}), but {data.name} has "
+        f"{len(data.classes)} ({', '.join(data.classes[:4])}, ...); choose another protocol, or {PLAIN} for its own "
+        "classes"
+    )
 
 
 def _table(

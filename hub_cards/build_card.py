@@ -238,7 +238,7 @@ def _protocol_rows(method: str, backbone: str) -> list[dict[str, Any]]:
                 {
                     "name": name,
                     "title": protocol.title,
-                    "classes": len(protocol.classes),
+                    "classes": protocol.num_classes,
                     "seen": protocol.setup(method, backbone).input.describe(),
                     "paper_alone": figures[method][0],
                     "paper_with_arm": figures[method][1],

@@ -24,6 +24,7 @@ from arm_hf.evaluation_plan import EvaluationOptions, make_plan
 from arm_hf.label_sets import load_label_set
 from arm_hf.modeling.dense_clip import DenseCLIP
 from arm_hf.modeling.method import list_methods
+from arm_hf.modeling.prompts import SINGLE_TEMPLATE, TEMPLATE_SETS
 from arm_hf.partial_results import PartialResults, Tally
 from arm_hf.protocols import InputRule, MethodSetup, load_protocol
 from arm_hf.resizing import to_pixel_values
@@ -291,6 +292,50 @@ def test_a_standard_tree_is_read_in_the_protocols_layout(tmp_path, model_folder)
         run = invoke(*words, "--size", 64, "--model", model_folder, "--pictures", 0, "--out", out)
         assert run.exit_code == 0, run.output
         assert len(json.loads((out / "results.json").read_text())["results"][0]["per_class"]) == int(protocol[3:])
+
+
+@pytest.fixture
+def large_trees(tmp_path):
+    """PASCAL Context with its 459 classes, and ADE20K with 847, two images each."""
+    savemat = pytest.importorskip("scipy.io").savemat
+    context, ade = tmp_path / "VOCdevkit" / "VOC2010", tmp_path / "ADE20K_2021_17_01"
+    folders = [context / "JPEGImages", context / "trainval"]
+    folders += [ade / f"{kind}_detectron2" / "validation" for kind in ("images", "annotations")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        image = Image.fromarray(rng.integers(0, 255, (64, 96, 3), dtype=np.uint8))
+        labels = rng.integers(1, 459, (4, 6)).repeat(16, 0).repeat(16, 1).astype(np.uint16)
+        labels[:16, :16] = 459
+        image.save(folders[0] / f"{number}.jpg")
+        savemat(folders[1] / f"{number}.mat", {"LabelMap": labels})
+        image.save(folders[2] / f"{number}.jpg")
+        labels[:16, :32] = [846] * 16 + [65535] * 16
+        Image.fromarray(labels).save(folders[3] / f"{number}.tif")
+    (context / "val.txt").write_text("0\n1\n")
+    (context / "labels.txt").write_text("".join(f"{number}: thing {number}\n" for number in range(1, 460)))
+    return {"context459": context.parent, "ade847": ade.parent}
+
+
+@pytest.mark.parametrize(("protocol", "last"), [("context459", "thing 459"), ("ade847", "adding machine, ")])
+def test_large_vocabularies_are_read_in_their_own_layout(
+    protocol, last, tmp_path, large_trees, model_folder, monkeypatch
+):
+    monkeypatch.setitem(TEMPLATE_SETS, "imagenet80", SINGLE_TEMPLATE)  # 80 sentences a word are not the point
+    out = tmp_path / "out"
+    run = invoke(
+        "--data", large_trees[protocol], "--protocol", protocol, "--methods", "clearclip", "--model", model_folder,
+        "--window", 0, "--size", 64, "--pictures", 1, "--out", out,
+    )  # fmt: skip
+    assert run.exit_code == 0, run.output
+    results = json.loads((out / "results.json").read_text())
+    classes = results["protocol"]["classes"]
+    assert len(classes) == int(protocol[-3:]) and classes[-1].startswith(last)
+    assert len(results["protocol"]["methods"]["clearclip"]["label_words"]) == len(classes)
+    pixels = [row["pixels"] for row in results["results"][0]["per_class"].values()]
+    assert len(pixels) == len(classes) and pixels[-1] == 2 * 16 * 16
+    assert sum(pixels) == 2 * (64 * 96 - 16 * 16 * (protocol == "ade847"))  # ADE's map has ignored pixels
 
 
 def test_all_methods_are_evaluated_or_left_out_with_the_reason(tmp_path, model_folder):

@@ -9,6 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from arm_hf.cli import app
+from arm_hf.data.standard_trees import class_names, get_layout
 from arm_hf.label_sets import load_label_set
 from arm_hf.modeling.dense_clip import BUILT_IN_METHODS
 from arm_hf.modeling.method import get_method
@@ -25,9 +26,15 @@ def names(label_set):
     return [label.name for label in load_label_set(label_set)]
 
 
+def numbered(count):
+    return [f"thing {number}" for number in range(count)]
+
+
 @pytest.mark.parametrize("name", list_protocols())
 def test_every_protocol_is_whole(name):
     protocol = load_protocol(name)
+    protocol = protocol.for_data(data(numbered(protocol.num_classes)))
+    assert len(protocol.classes) == protocol.num_classes
     for method in BUILT_IN_METHODS:
         for backbone in BACKBONES:
             setup = protocol.setup(method, backbone)
@@ -78,6 +85,62 @@ def test_the_words_are_those_of_each_code():
     assert load_protocol("ade150").setup("resclip").options["preset"] == "ade20k"
 
 
+def test_the_words_may_be_the_datas_own():
+    protocol = load_protocol("context459")
+    setup = protocol.setup("sclip")
+    for ask in (lambda: protocol.classes, setup.vocabulary, lambda: load_protocol("context459").classes):
+        with pytest.raises(ValueError, match=r"words of the data set .*for_data\(data\).*--data"):
+            ask()
+    assert "words of the data set" in setup.describe() and setup.input == protocol.default.input
+    things = data(numbered(459), ignore=65535)
+    filled = protocol.for_data(things)
+    assert filled.classes == things.classes and filled.for_data(data(["cat"])) is filled
+    assert filled.setup("sclip").vocabulary().queries == things.classes
+    assert filled.record()["classes"] == list(things.classes)
+    labels = np.array([[0, 255, 458, 65535]])
+    for table in (align_labels(protocol, things), align_labels(filled, things)):
+        np.testing.assert_array_equal(table(labels), labels)
+        assert table.misnamed == ()
+    with pytest.raises(ValueError, match=r"context459 has 459 classes .* somewhere has 2 \(cat, dog"):
+        protocol.for_data(data(["cat", "dog"]))
+    with pytest.raises(ValueError, match=r"context459 has 459 classes"):
+        align_labels(protocol, data(["cat", "dog"]))
+    with pytest.raises(ValueError, match="'thing 0' is given twice"):
+        protocol.for_data(data([*numbered(458), "thing 0"]))
+    voc = load_protocol("voc21")
+    assert voc.for_data(data(["cat"])) is voc  # has its own
+
+
+def test_a_line_of_ade20ks_list_has_a_word_for_each_name():
+    protocol = load_protocol("ade847")
+    labels = protocol.setup("naclip").labels
+    assert len(labels) == 847 and (labels[1].name, labels[1].words) == ("building, edifice", ("building", "edifice"))
+    assert labels[0].words == ("wall",) and protocol.classes == tuple(label.name for label in labels)
+    assert all(word == word.strip() and "," not in word for label in labels for word in label.words)
+    published = align_labels(protocol, data(class_names(get_layout("ade847")), ignore=65535))
+    assert published.misnamed == () and published.ignore_index == 65535
+    short = align_labels(protocol, data([label.words[-1] for label in labels], ignore=65535))
+    assert short.misnamed == ()
+    with pytest.raises(ValueError, match="other names"):
+        align_labels(protocol, data(numbered(847)))
+
+
+@pytest.mark.parametrize("name", ["context459", "ade847"])
+def test_large_vocabularies_have_the_common_input_where_no_source_says_more(name):
+    protocol = load_protocol(name)
+    common = load_protocol("ade150").default.input
+    for method in BUILT_IN_METHODS:
+        setup = protocol.setup(method)
+        assert (setup.background, setup.threshold, setup.arm_threshold, setup.area_threshold) == (None,) * 4
+        if method not in ("proxyclip", "corrclip"):
+            assert setup.input == common and any("common input" in note for note in setup.notes), method
+    assert protocol.setup("sclip").arm_options == load_protocol("ade150").setup("sclip").arm_options
+    proxyclip, corrclip = (protocol.setup(method).input for method in ("proxyclip", "corrclip"))
+    assert (proxyclip.short_side, proxyclip.window, proxyclip.stride) == (448, 336, 112)
+    assert corrclip.short_side == {"context459": 336, "ade847": 448}[name]
+    assert (corrclip.window, corrclip.stride) == (336, 112)
+
+
 def test_cliper_has_other_values_for_each_backbone():
     protocol = load_protocol("voc21")
     small, large = protocol.setup("cliper", "B/16"), protocol.setup("cliper", "L/14")
@@ -95,11 +158,11 @@ def test_cliper_has_other_values_for_each_backbone():
         protocol.setup("cliper", "H/14")
 
 
-def mean(method, sets, source, backbone="B/16", arm=False):
+def mean(method, sets, source, backbone="B/16", arm=False, pamr=False):
     values = [
         entry["miou"]
         for name in sets
-        for entry in load_protocol(name).published_for(method, arm, backbone, pamr=False)
+        for entry in load_protocol(name).published_for(method, arm, backbone, pamr)
         if entry["source"] == source
     ]
     assert len(values) == len(sets)
@@ -147,6 +210,14 @@ def mean(method, sets, source, backbone="B/16", arm=False):
 )
 def test_published_numbers_have_the_average_that_their_table_prints(method, arm, backbone, source, sets, printed):
     assert mean(method, sets.split(), source, backbone, arm) == pytest.approx(printed, abs=0.0501)
+
+
+@pytest.mark.parametrize(("method", "printed"), [("gem", 29.2), ("cliptrase", 28.5), ("cra_dsi", 33.1)])
+def test_numbers_with_pamr_have_the_average_that_their_table_prints(method, printed):
+    sets = set(list_protocols()) - {"coco_stuff10k", "voc21"}
+    assert len(sets) == 9 and mean(method, sets, "CLIPSeg (CRA+DSI) paper, Table 1", pamr=True) == pytest.approx(
+        printed, abs=0.0501
+    )
 
 
 def test_unknown_protocols_are_answered_with_the_known_ones():
@@ -209,6 +280,13 @@ def test_the_listing_prints_names_and_whole_protocols():
     assert record["methods"]["cliper"]["options"]["score_threshold"] == 0.5
     assert record["methods"]["sclip"]["label_words"]["boat"] == ["ship"]
     assert CliRunner().invoke(app, ["protocols", "voc"]).exit_code == 2
+    large = json.loads(CliRunner().invoke(app, ["protocols", "context459"]).output)
+    assert (large["num_classes"], large["classes"]) == (459, "those of the data set")
+    assert large["methods"]["clearclip"]["label_words"] == "those of the data set"
+    assert {(entry["backbone"], entry["miou"]) for entry in large["published"] if entry["arm"]} == {
+        ("B/16", 9.6),
+        ("L/14", 10.6),
+    }
 
 
 @pytest.mark.parametrize(
