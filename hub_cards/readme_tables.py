@@ -115,7 +115,7 @@ def main() -> None:
     speed = speed_table(read_json(arguments.benchmark, "make bench") if arguments.benchmark.is_file() else None)
     text = arguments.speed.read_text(encoding="utf-8")
     arguments.speed.write_text(fill(text, {"speed": speed}), encoding="utf-8")
-    files = {base: arguments.ablations / f"evidence-{base}.json" for base in ("fair", "strong")}
+    files = {base: arguments.ablations / f"evidence-{base}.json" for base in ("fair", "ablations", "strong")}
     tables = {
         base: evidence_tables(read_json(path, "training/ablate.py") if path.is_file() else None)
         for base, path in files.items()

@@ -94,11 +94,16 @@ class Bench:
     weight: float = 1.0
 
     def folder(self, training: Training) -> Path:
-        """Of a training."""
+        """Where a training is kept."""
         return self.work / "arms" / training.name(self.recipe)
 
     def row(self, host: str, training: Training | None) -> str:
-        """Name of a row of figures."""
+        """Name of a row of figures.
+
+        Args:
+            host: A method.
+            training: Whose ARM refines it; None is the host alone.
+        """
         return host if training is None else f"{host}{ARM_SUFFIX} ({self.model(training)})"
 
     def model(self, training: Training) -> str:

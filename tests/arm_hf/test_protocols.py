@@ -132,13 +132,11 @@ def test_large_vocabularies_have_the_common_input_where_no_source_says_more(name
     for method in BUILT_IN_METHODS:
         setup = protocol.setup(method)
         assert (setup.background, setup.threshold, setup.arm_threshold, setup.area_threshold) == (None,) * 4
-        if method not in ("proxyclip", "corrclip"):
+        if method != "proxyclip":
             assert setup.input == common and any("common input" in note for note in setup.notes), method
     assert protocol.setup("sclip").arm_options == load_protocol("ade150").setup("sclip").arm_options
-    proxyclip, corrclip = (protocol.setup(method).input for method in ("proxyclip", "corrclip"))
+    proxyclip = protocol.setup("proxyclip").input
     assert (proxyclip.short_side, proxyclip.window, proxyclip.stride) == (448, 336, 112)
-    assert corrclip.short_side == {"context459": 336, "ade847": 448}[name]
-    assert (corrclip.window, corrclip.stride) == (336, 112)
 
 
 def test_cliper_has_other_values_for_each_backbone():

@@ -25,7 +25,7 @@ def test_the_guide_on_speed_is_up_to_date() -> None:
 
 
 def test_the_page_on_what_arm_adds_is_up_to_date() -> None:
-    files = {base: HERE / "results" / f"evidence-{base}.json" for base in ("fair", "strong")}
+    files = {base: HERE / "results" / f"evidence-{base}.json" for base in ("fair", "ablations", "strong")}
     records = {base: read_json(path, "training/ablate.py") if path.is_file() else None for base, path in files.items()}
     text = (ROOT / "training" / "EVIDENCE.md").read_text(encoding="utf-8")
     tables = {base: evidence_tables(record) for base, record in records.items()}
