@@ -166,8 +166,8 @@ def train_from_tags(
         member = place[views] >= 0
         dense, image = path.upper(tokens[chosen].float())
         read = {"patches": (dense,), "cls": (image[:, None],), "both": (dense, image[:, None])}[stage.pooling]
-        drawn, factor = words.draw(generator), scale.exp().clamp(max=100.0)
-        tags = place[views[member]], rules[member], table, drawn, factor
+        drawn, heat = words.draw(generator), scale.exp().clamp(max=100.0)
+        tags = place[views[member]], rules[member], table, drawn, heat
         loss = torch.stack([tag_loss(features, *tags) for features in read]).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
