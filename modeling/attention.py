@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 # Tokens are ordered CLS first, then the h*w patches row by row: L = h*w + 1.
 
-BLOCK_VALUES = 2**18  # 1 MiB of float32, half of a present core's own cache
+BLOCK_VALUES = 2**19  # 2 MiB of float32, what a present core has as a cache of its own
 
 
 def split_heads(states: Tensor, num_heads: int) -> Tensor:
@@ -98,9 +98,9 @@ def row_blocks(maps: int, length: int) -> tuple[list[slice], list[slice]]:
     Returns:
         The groups of maps that go together, and the parts of their rows; the first of each are the largest.
     """
-    values = BLOCK_VALUES * torch.get_num_threads()
-    together = max(1, values // length**2)
-    rows = -(-length // -(-(length**2) // values))
+    threads = torch.get_num_threads()
+    together = max(1, BLOCK_VALUES // length**2 * threads)  # each thread works on maps of its own, or all on one
+    rows = length if length**2 <= BLOCK_VALUES else -(-length // -(-(length**2) // (BLOCK_VALUES * threads)))
     groups = [slice(first, min(first + together, maps)) for first in range(0, maps, together)]
     return groups, [slice(top, min(top + rows, length)) for top in range(0, length, rows)]
 
@@ -177,36 +177,3 @@ def attend_and_add(query: Tensor, key: Tensor, value: Tensor, scale: float, tota
                 else:
                     attended[image, maps, rows] = torch.bmm(weights.mul_(share).to(value.dtype), memory)
     return attended
-
-
-def run_block(
-    block: Any, hidden: Tensor, return_map: bool = False, return_heads: bool = False, totals: Sequence[Tensor] = ()
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
-    """Run one unchanged CLIP block, with its attention map and its q, k, v if asked.
-
-    The map is computed explicitly for this block alone; without it the attention is fused (SDPA).
-
-    Args:
-        block: A CLIP encoder layer.
-        hidden: Block input, (B, L, W).
-        return_map: Whether the softmaxed map is needed.
-        return_heads: Whether the projections are needed.
-        totals: Sums of maps to which this block's is added in place, where no map is returned (see `attend_and_add`).
-
-    Returns:
-        Block output (B, L, W); the map (B, heads, L, L) or None; q, k, v, each (B, heads, L, d), or None.
-    """
-    if not (return_map or return_heads or totals):
-        return block(hidden, attention_mask=None), None, None
-    query, key, value = project_heads(block, hidden, "qkv")
-    scale = block.self_attn.scale
-    weights = attention_map(query, key, scale) if return_map else None
-    if weights is not None:
-        attended = weights @ value
-    elif totals:
-        attended = attend_and_add(query, key, value, scale, totals)
-    else:
-        attended = attend(query, key, value, scale)
-    hidden = hidden + block.self_attn.out_proj(merge_heads(attended))
-    hidden = hidden + block.mlp(block.layer_norm2(hidden))
-    return hidden, weights, (query, key, value) if return_heads else None

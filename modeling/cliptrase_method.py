@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import attend, merge_heads, project_heads
+from .block import add_projection, feed_forward
 from .method import Method, MethodContext, MethodSettings, ScoreMap, register_method, setting
 from .trunk import TrunkRequest
 
@@ -184,8 +185,7 @@ class Cliptrase(Method):
         scale = block.self_attn.scale
         attended = attend(query, query, value, scale)
         attended = attended + attend(key, key, value, scale) + attend(value, value, value, scale)
-        hidden = hidden + block.self_attn.out_proj(merge_heads(attended))
-        hidden = hidden + block.mlp(block.layer_norm2(hidden))
+        hidden = feed_forward(block, add_projection(hidden, block.self_attn.out_proj, merge_heads(attended)))
         tokens = context.tower.project(hidden)
         context.scratch["image"] = tokens[:, 0]
         return tokens[:, 1:]

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import attend, block_space, merge_heads, plain_cpu, products, project_heads, row_blocks
+from .block import add_projection, feed_forward
 from .decision import MAX_CHUNK_VALUES
 from .method import Method, MethodContext, MethodSettings, ScoreMap, register_method, setting
 from .trunk import TrunkOutput, TrunkRequest
@@ -275,7 +276,7 @@ class Gem(Method):
         for index, (query, key, value) in block_heads(context, blocks, "qkv"):
             tau = self.temperature(context, settings, index)
             attended = gem_attention(query, key, value, tau, settings.iterations)
-            path = path + context.tower.blocks[index].self_attn.out_proj(merge_heads(attended))
+            path = add_projection(path, context.tower.blocks[index].self_attn.out_proj, merge_heads(attended))
         return context.tower.project(path[:, 1:])
 
     def score_map(self, context: MethodContext, settings: GemSettings, patch_features: Tensor) -> ScoreMap | None:
@@ -309,7 +310,8 @@ class ClipSurgery(Method):
         heads: tuple[Tensor, ...] = ()
         for index, heads in block_heads(context, blocks, last):
             attention, value = context.tower.blocks[index].self_attn, heads[-1]
-            path = path + attention.out_proj(merge_heads(attend(value, value, value, attention.scale)))
+            attended = attend(value, value, value, attention.scale)
+            path = add_projection(path, attention.out_proj, merge_heads(attended))
         if settings.surgery == "features":
             context.scratch["image"] = self.image_embedding(context, heads[0], heads[1])
         return context.tower.project(path[:, 1:])
@@ -325,8 +327,8 @@ class ClipSurgery(Method):
         """
         block, cls = context.tower.last_block, context.trunk.last_input[:, :1]
         (query,) = project_heads(block, cls, "q")
-        cls = cls + block.self_attn.out_proj(merge_heads(attend(query, key, value, block.self_attn.scale)))
-        cls = cls + block.mlp(block.layer_norm2(cls))
+        attended = attend(query, key, value, block.self_attn.scale)
+        cls = feed_forward(block, add_projection(cls, block.self_attn.out_proj, merge_heads(attended)))
         return context.tower.project(cls)[:, 0]
 
     def score_map(self, context: MethodContext, settings: ClipSurgerySettings, patch_features: Tensor) -> ScoreMap:

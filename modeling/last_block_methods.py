@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .attention import attend, merge_heads, project_heads
+from .block import feed_forward
 from .method import MethodContext, MethodSettings, register_method, setting
 
 LAST_BLOCK_METHODS = ("clip", "maskclip", "sclip", "clearclip", "naclip")
@@ -94,7 +95,7 @@ def finish_block(context: MethodContext, attended: Tensor, residual: bool, mlp: 
     if residual:
         tokens = context.trunk.last_input + tokens
     if mlp:
-        tokens = tokens + block.mlp(block.layer_norm2(tokens))
+        tokens = feed_forward(block, tokens)
     return context.tower.project(tokens[:, 1:])
 
 

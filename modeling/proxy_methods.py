@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import attend, merge_heads, project_heads
+from .block import add_projection, feed_forward
 from .method import Method, MethodContext, MethodSettings, register_method, setting
 from .outside import proxy_features, region_maps
 from .regions import merge_regions, resize_nearest
@@ -218,8 +219,7 @@ def region_tokens(context: MethodContext, regions: Tensor, grid: tuple[int, int]
             key, value = project_heads(block, trunk.last_input, "kv")
         (query,) = project_heads(block, copies, "q")
         attended = attend(query, key, value, block.self_attn.scale, bias)
-        copies = copies + block.self_attn.out_proj(merge_heads(attended))
-        copies = copies + block.mlp(block.layer_norm2(copies))
+        copies = feed_forward(block, add_projection(copies, block.self_attn.out_proj, merge_heads(attended)))
     places = resize_nearest(regions, grid).flatten(1)
     return tower.post_norm(copies).gather(1, places[..., None].expand(-1, -1, copies.shape[-1]))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attention import plain_cpu, run_block
+from .attention import plain_cpu
+from .block import run_block
 
 POSITION_RULES = ("reference", "bilinear", "antialias", "transformers")
 ODD_SIZE_RULES = ("pad", "drop")

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from arm_hf.modeling.attention import run_block
+from arm_hf.modeling.block import run_block
 from arm_hf.modeling.dense_clip import DenseCLIP
 from arm_hf.modeling.method import get_method
 from arm_hf.modeling.trunk import Padding, TrunkOutput
