@@ -98,23 +98,30 @@ EXPERIMENTS: dict[str, tuple[Variant, ...]] = {
 }
 
 
-def run_experiments(names: Sequence[str], seeds: Sequence[int], bench: Bench) -> list[dict[str, Any]]:
+def run_experiments(
+    names: Sequence[str], seeds: Sequence[int], bench: Bench, checkpoint: str | None = None
+) -> list[dict[str, Any]]:
     """Train and evaluate all variants of the experiments; one record per experiment, variant, seed, set and host.
 
     Args:
         names: Of the experiments.
         seeds: Each variant is trained once with each.
         bench: Where and how.
+        checkpoint: A model with the same CLIP that is evaluated in place of trainings.
     """
+
+    def training(variant: Variant, seed: int) -> Training:
+        return Training(variant.options, seed, checkpoint)
+
     variants = [(name, variant) for name in names for variant in EXPERIMENTS[name]]
-    train_all(bench, [Training(variant.options, seed) for _, variant in variants for seed in seeds])
+    train_all(bench, [training(variant, seed) for _, variant in variants for seed in seeds])
     wanted: dict[TestSet, dict[tuple[str, str], tuple[str, Training | None]]] = {}
     present = {each.name: each for each in SETS if (bench.data / each.folder).is_dir()}
     for _, variant in variants:
         for chosen in (present[name] for name in variant.sets if name in present):
             pairs = wanted.setdefault(chosen, {})
-            for training in (None, *(Training(variant.options, seed) for seed in seeds)):
-                pairs.update({(host, bench.row(host, training)): (host, training) for host in variant.hosts})
+            for chosen_arm in (None, *(training(variant, seed) for seed in seeds)):
+                pairs.update({(host, bench.row(host, chosen_arm)): (host, chosen_arm) for host in variant.hosts})
     figures = dict(
         zip(
             wanted,
@@ -131,7 +138,7 @@ def run_experiments(names: Sequence[str], seeds: Sequence[int], bench: Bench) ->
             "unseen": chosen.unseen,
             "host": host,
             "alone": rows[bench.row(host, None)],
-            "with_arm": rows[bench.row(host, Training(variant.options, seed))],
+            "with_arm": rows[bench.row(host, training(variant, seed))],
         }
         for name, variant in variants
         for seed in seeds
@@ -142,7 +149,10 @@ def run_experiments(names: Sequence[str], seeds: Sequence[int], bench: Bench) ->
 
 
 def write_results(
-    records: Sequence[Mapping[str, Any]], bench: Bench, speeds: Mapping[str, float] | None = None
+    records: Sequence[Mapping[str, Any]],
+    bench: Bench,
+    speeds: Mapping[str, float] | None = None,
+    checkpoint: str | None = None,
 ) -> Path:
     """Write `evidence.json` and `evidence.md`; return the latter.
 
@@ -150,12 +160,14 @@ def write_results(
         records: Of all experiments.
         bench: Where and how.
         speeds: Of the training, from `training_speed`.
+        checkpoint: What was evaluated in place of trainings.
     """
     recipe = {key: value for key, value in bench.recipe.of_the_run().items() if key not in ("clip", "data")}
     about = {
         "base": Path(bench.recipe.clip).name,
         "photos_per_set": bench.limit,
         "weight": bench.weight,
+        "arm": checkpoint and Path(checkpoint).name,
         "recipe": recipe,
         "images_per_second": dict(speeds or {}),
         "records": list(records),
@@ -200,6 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work-dir", type=Path, required=True, help="trainings, evaluations and tables")
     parser.add_argument("--experiments", nargs="+", choices=sorted(EXPERIMENTS), default=["hosts"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--arm", help="evaluate this trained model in place of trainings; only with --experiments hosts"
+    )
     parser.add_argument("--config", default="arm-clip-mini", help="recipe: YAML file, or one of training/configs")
     parser.add_argument("--max-steps", type=int, help="steps of each training (default: the recipe's)")
     parser.add_argument("--limit", type=int, help="evaluate on the first so many photos of each list")
@@ -208,11 +223,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--speed", action="store_true", help="measure images/s of the training too")
     args = parser.parse_args(arguments)
     quiet_libraries()
+    if args.arm is not None:
+        if args.experiments != ["hosts"]:
+            parser.error("--arm is one model and goes with --experiments hosts alone")
+        args.seeds = [0]
     bench = make_bench(args)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    records = run_experiments(args.experiments, args.seeds, bench)
+    records = run_experiments(args.experiments, args.seeds, bench, args.arm)
     speeds = training_speed(bench) if args.speed else None
-    print(write_results(records, bench, speeds).read_text(encoding="utf-8"))
+    print(write_results(records, bench, speeds, args.arm).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

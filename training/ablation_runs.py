@@ -56,13 +56,17 @@ class Training:
     Attributes:
         options: Fields of `TrainingOptions` that differ from the recipe.
         seed: Of weights and order.
+        checkpoint: A model that is there already, to be attached in place of a training.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    checkpoint: str | None = None
 
     def name(self, recipe: TrainingOptions) -> str:
         """What it is called in the work folder: the differences alone, so that equal trainings are one."""
+        if self.checkpoint is not None:
+            return Path(self.checkpoint).name
         changed = {key: value for key, value in self.options.items() if value != getattr(recipe, key)}
         parts = [f"{key}={_as_word(value)}" for key, value in sorted(changed.items())]
         return "+".join([*(parts or ["recipe"]), f"seed{self.seed}"])
@@ -96,6 +100,10 @@ class Bench:
     def folder(self, training: Training) -> Path:
         """Where a training is kept."""
         return self.work / "arms" / training.name(self.recipe)
+
+    def checkpoint(self, training: Training) -> str:
+        """Folder or name of its model."""
+        return training.checkpoint or str(self.folder(training) / "last")
 
     def row(self, host: str, training: Training | None) -> str:
         """Name of a row of figures.
@@ -139,7 +147,8 @@ def train_all(bench: Bench, trainings: Sequence[Training]) -> None:
         bench: Where and how.
         trainings: What is needed.
     """
-    missing = {each.name(bench.recipe): each for each in trainings if not (bench.folder(each) / "finished").exists()}
+    wanted = [each for each in trainings if each.checkpoint is None]
+    missing = {each.name(bench.recipe): each for each in wanted if not (bench.folder(each) / "finished").exists()}
     # The first of those that read the same features writes them; the others wait.
     first = {each.options.get("method", bench.recipe.method): each for each in reversed(missing.values())}
     bench.for_each(train_one, [(each,) for each in first.values()])
@@ -234,8 +243,8 @@ def _evaluate(
         alone[host] if training is None else replace(alone[host], arm=True, model=bench.model(training))
         for host, training in pairs
     )
-    folders = {bench.model(training): bench.folder(training) for _, training in pairs if training is not None}
-    models = load_arms(pipe.model, folders, bench.weight)
+    checkpoints = {bench.model(training): bench.checkpoint(training) for _, training in pairs if training is not None}
+    models = load_arms(pipe.model, checkpoints, bench.weight)
 
     def bar(images: Any, total: int | None, before: int) -> Any:
         return tqdm(images, desc=chosen.name, total=total, unit="image", mininterval=10)
@@ -254,26 +263,27 @@ def _evaluate(
     }
 
 
-def load_arms(base: Any, folders: Mapping[str, Path], weight: float = 1.0) -> dict[str, Any]:
+def load_arms(base: Any, checkpoints: Mapping[str, str], weight: float = 1.0) -> dict[str, Any]:
     """The trained models by name, all with the CLIP of `base`.
 
     Args:
         base: A `CLIPModel` or `ARMModel`.
-        folders: Of trainings, by name.
+        checkpoints: Folders or names of models.
         weight: Factor on M_r.
 
     Raises:
         ValueError: One was trained on another CLIP.
     """
     from arm_hf import ARMModel
+    from arm_hf.default_model import resolve_model
     from arm_hf.evaluating import fingerprint
 
     clip = getattr(base, "clip", base)
     expected, models = fingerprint(clip), {}
-    for name, folder in folders.items():
-        model = ARMModel.from_pretrained(folder / "last").eval()
+    for name, checkpoint in checkpoints.items():
+        model = ARMModel.from_pretrained(resolve_model(checkpoint)).eval()
         if fingerprint(model.clip) != expected:
-            raise ValueError(f"{str(folder)!r} holds an ARM of another CLIP; use another work folder, or remove it")
+            raise ValueError(f"{checkpoint!r} holds an ARM of another CLIP; use another work folder, or remove it")
         model.clip = clip
         model.arm.refinement_scale *= weight
         models[name] = model

@@ -152,13 +152,17 @@ def markdown(evidence: Mapping[str, Any], level: int = 1) -> str:
     photos = "whole val lists" if limit is None else f"first {limit} photos of each val list"
     steps = recipe["max_steps"] or f"{recipe['epochs']} epochs"
     weight = recipe["refinement_scale"]
+    arm = (
+        f"that of `{evidence['arm']}`"
+        if evidence["arm"]
+        else f"{recipe['loss']} on {recipe['coarse_form']}, layers {' and '.join(map(str, recipe['fusion_layers']))}, "
+        f"{steps} steps of {recipe['batch_size']}; trained with weight {weight:g}, attached with "
+        f"{weight * evidence['weight']:g}"
+    )
     lines = [
         f"{'#' * level} What ARM adds to `{evidence['base']}`",
         "",
-        f"All figures in percent, mIoU over the classes in the labels, {photos}, photos seen whole. ARM: "
-        f"{recipe['loss']} on {recipe['coarse_form']}, layers {' and '.join(map(str, recipe['fusion_layers']))}, "
-        f"{steps} steps of {recipe['batch_size']}; trained with weight {weight:g}, attached with "
-        f"{weight * evidence['weight']:g}.",
+        f"All figures in percent, mIoU over the classes in the labels, {photos}, photos seen whole. ARM: {arm}.",
         "",
     ]
     if speeds := evidence["images_per_second"]:
@@ -167,6 +171,7 @@ def markdown(evidence: Mapping[str, Any], level: int = 1) -> str:
     for name in _names(evidence["records"], "experiment"):
         chosen = [record for record in evidence["records"] if record["experiment"] == name]
         seeds = sorted({record["seed"] for record in chosen})
-        lines += [f"{'#' * (level + 1)} {TITLES[name]}", "", f"Seeds {', '.join(map(str, seeds))}.", ""]
+        lines += [f"{'#' * (level + 1)} {TITLES[name]}", ""]
+        lines += [] if evidence["arm"] else [f"Seeds {', '.join(map(str, seeds))}.", ""]
         lines += host_tables(chosen) if name == "hosts" else variant_table(chosen)
     return "\n".join(lines).rstrip() + "\n"

@@ -121,6 +121,18 @@ def test_a_run_trains_evaluates_and_goes_on_where_it_was(data_folder, tiny_clip_
     assert trainings == ["loss=bce+seed0", "loss=bce+seed1", "recipe+seed0", "recipe+seed1"], "the recipe once"
     assert len(list((work / "cache").iterdir())) == 1, "one cache for all"
 
+    given = [*arguments, "--arm", str(work / "arms" / "recipe+seed1" / "last"), "--work-dir", str(tmp_path / "given")]
+    with pytest.raises(SystemExit):
+        ablate.main(given)  # there are other experiments than the hosts
+    ablate.main([*given, "--experiments", "hosts"])
+    again = json.loads((tmp_path / "given" / "evidence.json").read_text())
+    assert [each["with_arm"]["mean_iou_in_labels"] for each in again["records"]] == [
+        each["with_arm"]["mean_iou_in_labels"]
+        for each in records
+        if each["experiment"] == "hosts" and each["seed"] == 1
+    ]
+    assert "ARM: that of `last`" in (tmp_path / "given" / "evidence.md").read_text()
+
     def never(*args, **kwargs):
         raise AssertionError("was done before")
 
@@ -143,9 +155,10 @@ def test_trainings_are_named_after_what_differs_from_the_recipe(tmp_path):
 def test_an_arm_of_another_clip_is_refused(tiny_clip, tmp_path):
     model = ARMModel.from_clip(tiny_clip, fusion_layers=[1, 2], num_attention_heads=2)
     model.save_pretrained(tmp_path / "recipe+seed0" / "last", self_contained=True)
-    found = load_arms(tiny_clip, {"one": tmp_path / "recipe+seed0"}, weight=0.5)["one"]
+    folder = str(tmp_path / "recipe+seed0" / "last")
+    found = load_arms(tiny_clip, {"one": folder}, weight=0.5)["one"]
     assert found.clip is tiny_clip
     assert found.arm.refinement_scale == 0.5
     other = type(tiny_clip)(tiny_clip.config)
-    with pytest.raises(ValueError, match=r"recipe\+seed0' holds an ARM of another CLIP"):
-        load_arms(other, {"one": tmp_path / "recipe+seed0"})
+    with pytest.raises(ValueError, match=r"recipe\+seed0/last' holds an ARM of another CLIP"):
+        load_arms(other, {"one": folder})
