@@ -58,7 +58,7 @@ class Variant:
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     hosts: tuple[str, ...] = ("clearclip",)
-    sets: tuple[str, ...] = ("coco_stuff171", "voc20", "msrc", "camvid")
+    sets: tuple[str, ...] = ("voc20", "msrc", "camvid")
 
 
 def _layers(*layers: int) -> Variant:
