@@ -74,6 +74,10 @@ _NO_ATTENTION = {"num_self_attention_layers": 0, "num_cross_attention_layers": 0
 EXPERIMENTS: dict[str, tuple[Variant, ...]] = {
     # Table 2: one ARM, every host, every set
     "hosts": (Variant("recipe", hosts=HOSTS, sets=tuple(each.name for each in SETS)),),
+    # The same without upsampling: with few photos M_r is better left on the grid of the patches
+    "hosts_coarse": (
+        Variant("without scale blocks", {"num_scale_blocks": 0}, HOSTS, tuple(each.name for each in SETS)),
+    ),
     # Table 4
     "layers": tuple(_layers(*pair) for pair in LAYER_PAIRS),
     # Table 5

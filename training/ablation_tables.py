@@ -10,12 +10,14 @@ Record = Mapping[str, Any]
 FIGURE_NAMES = {"mean_iou_in_labels": "mIoU", "boundary_iou": "boundary IoU", "overall_accuracy": "pixel accuracy"}
 TITLES = {
     "hosts": "One ARM on every host",
+    "hosts_coarse": "One ARM without scale blocks on every host",
     "layers": "Layers that ARM reads (the paper's Table 4)",
     "blocks": "Number of attention blocks (Table 5)",
     "scale": "Attention and scale blocks (Table 6)",
     "loss": "Form of the loss",
     "training_base": "Features that ARM is trained on (Fig. 3)",
 }
+HOST_EXPERIMENTS = ("hosts", "hosts_coarse")
 
 
 def gain(record: Record, figure: str = "mean_iou_in_labels") -> float:
@@ -173,5 +175,5 @@ def markdown(evidence: Mapping[str, Any], level: int = 1) -> str:
         seeds = sorted({record["seed"] for record in chosen})
         lines += [f"{'#' * (level + 1)} {TITLES[name]}", ""]
         lines += [] if evidence["arm"] else [f"Seeds {', '.join(map(str, seeds))}.", ""]
-        lines += host_tables(chosen) if name == "hosts" else variant_table(chosen)
+        lines += host_tables(chosen) if name in HOST_EXPERIMENTS else variant_table(chosen)
     return "\n".join(lines).rstrip() + "\n"

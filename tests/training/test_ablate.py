@@ -67,7 +67,7 @@ def test_the_variants_table_shows_mean_and_spread_over_seeds():
 
 def test_experiments_are_the_papers_tables():
     sizes = {name: len(variants) for name, variants in ablate.EXPERIMENTS.items()}
-    assert sizes == {"hosts": 1, "layers": 6, "blocks": 7, "scale": 4, "loss": 3, "training_base": 2}
+    assert sizes == {"hosts": 1, "hosts_coarse": 1, "layers": 6, "blocks": 7, "scale": 4, "loss": 3, "training_base": 2}
     known = {each.name for each in ablate.SETS}
     for variants in ablate.EXPERIMENTS.values():
         assert len({variant.name for variant in variants}) == len(variants)
