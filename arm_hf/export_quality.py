@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from arm_hf.folders import atomic_path
 from arm_hf.metrics import ConfusionMatrix
 from arm_hf.onnx_runner import OnnxSegmenter
 
@@ -65,3 +69,27 @@ def compare_weights(
         name: Quality(100 * matrices[name].compute()["mean_iou"], seconds[name] / count, same[name] / pixels)
         for name in runners
     }
+
+
+def save_quality(folder: str | os.PathLike, data: Any, qualities: Mapping[str, Quality]) -> Path:
+    """Write `int8.json` beside the graphs, and return its path.
+
+    Args:
+        folder: What `arm-hf export --format onnx --int8` wrote.
+        data: What was measured on.
+        qualities: From `compare_weights`.
+    """
+    graphs = {"float32": "image.onnx", "int8": "image.int8.onnx"}
+    record = {
+        "data": data.name,
+        "split": data.split,
+        "images": len(data),
+        "weights": {
+            name: {**asdict(quality), "image_graph_bytes": (Path(folder) / graphs[name]).stat().st_size}
+            for name, quality in qualities.items()
+        },
+    }
+    path = Path(folder) / "int8.json"
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path

@@ -2,7 +2,7 @@
 
     python -m arm_hf.hub_cards.readme_tables
 
-replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, arm_hf/SPEED.md and
+replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in README.md, arm_hf/SPEED.md, arm_hf/EXPORT.md and
 training/EVIDENCE.md, so that nobody types it.
 """
 
@@ -67,6 +67,24 @@ def speed_table(record: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
+def int8_table(record: Mapping[str, Any]) -> str:
+    """What 8-bit weights cost, as Markdown.
+
+    Args:
+        record: The int8.json of `arm-hf export --int8 --measure-on`.
+    """
+    lines = [
+        f"{record['images']} photos of {record['data']} ({record['split']}), mean over the classes present:",
+        "",
+        "| weights | image graph | mIoU | time a photo | pixels as in float32 |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in record["weights"].items():
+        figures = f"{row['image_graph_bytes'] / 1e6:.1f} MB | {row['mean_iou']:.2f} | {row['seconds']:.2f} s"
+        lines.append(f"| {name} | {figures} | {100 * row['agreement']:.1f}% |")
+    return "\n".join(lines)
+
+
 def evidence_tables(record: Mapping[str, Any] | None) -> str:
     """What `training/ablate.py` measured on one base, as Markdown.
 
@@ -97,7 +115,7 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
 
 
 def main() -> None:
-    """Writes the tables of README.md, arm_hf/SPEED.md and training/EVIDENCE.md."""
+    """Writes the tables of README.md, arm_hf/SPEED.md, arm_hf/EXPORT.md and training/EVIDENCE.md."""
     parser = argparse.ArgumentParser(
         prog="python -m arm_hf.hub_cards.readme_tables", description=(__doc__ or "").splitlines()[0]
     )
@@ -105,6 +123,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results" / "arm-clip-mini.json")
     parser.add_argument("--speed", type=Path, default=Path("arm_hf/SPEED.md"))
     parser.add_argument("--benchmark", type=Path, default=HERE / "results" / "benchmark.json")
+    parser.add_argument("--export", type=Path, default=Path("arm_hf/EXPORT.md"))
+    parser.add_argument("--int8", type=Path, default=HERE / "results" / "int8.json")
     parser.add_argument("--evidence", type=Path, default=Path("training/EVIDENCE.md"))
     parser.add_argument("--ablations", type=Path, default=HERE / "results", help="folder of evidence-fair.json, ...")
     arguments = parser.parse_args()
@@ -115,6 +135,9 @@ def main() -> None:
     speed = speed_table(read_json(arguments.benchmark, "make bench") if arguments.benchmark.is_file() else None)
     text = arguments.speed.read_text(encoding="utf-8")
     arguments.speed.write_text(fill(text, {"speed": speed}), encoding="utf-8")
+    table = int8_table(read_json(arguments.int8, "arm-hf export --int8 --measure-on"))
+    text = arguments.export.read_text(encoding="utf-8")
+    arguments.export.write_text(fill(text, {"int8": table}), encoding="utf-8")
     files = {base: arguments.ablations / f"evidence-{base}.json" for base in ("fair", "ablations", "strong")}
     tables = {
         base: evidence_tables(read_json(path, "training/ablate.py") if path.is_file() else None)
@@ -122,7 +145,7 @@ def main() -> None:
     }
     text = arguments.evidence.read_text(encoding="utf-8")
     arguments.evidence.write_text(fill(text, tables), encoding="utf-8")
-    print(f"Written: {arguments.readme}, {arguments.speed}, {arguments.evidence}")
+    print(f"Written: {arguments.readme}, {arguments.speed}, {arguments.export}, {arguments.evidence}")
 
 
 if __name__ == "__main__":

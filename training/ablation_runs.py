@@ -182,7 +182,12 @@ def training_speed(bench: Bench, steps: int = 40) -> dict[str, float]:
     speeds = {}
     for name, cached in (("CLIP in every step", False), ("cached features", True)):
         with TemporaryDirectory(dir=bench.work, prefix=".speed") as folder:
-            changes = {"output_dir": folder, "cache_features": cached, "max_steps": steps, "log_every": 5}
+            changes: dict[str, Any] = {
+                "output_dir": folder,
+                "cache_features": cached,
+                "max_steps": steps,
+                "log_every": 5,
+            }
             train(replace(bench.recipe, **changes, overwrite=True, resume=False))
             lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         speeds[name] = statistics.median(line["images_per_second"] for line in lines[1:])

@@ -31,7 +31,7 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="Write graphs with 8-bit weights too (onnx only).")] = False,
     measure_on: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="With --int8: a labelled data set on which mIoU is compared with 32 bits."),
+        typer.Option(metavar="DATA", help="With --int8: compare mIoU with 32 bits on labelled data (int8.json)."),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of that data set.")] = "val",
     limit: Annotated[int | None, typer.Option(help="Take only so many photos of it, evenly spread.")] = None,
@@ -84,9 +84,11 @@ def export(
                 checked = "" if each.difference is None else f"  differs from torch by at most {each.difference:.1e}"
                 typer.echo(f"{each.path.name:<16} {each.num_bytes / 1e6:8.1f} MB{checked}")
             if data is not None:
-                from arm_hf.export_quality import compare_weights
+                from arm_hf.export_quality import compare_weights, save_quality
 
-                for name, quality in compare_weights(folder, data, progress=True).items():
+                qualities = compare_weights(folder, data, progress=True)
+                save_quality(folder, data, qualities)
+                for name, quality in qualities.items():
                     typer.echo(
                         f"{name:<8} mIoU {quality.mean_iou:5.2f} on {len(data)} photos, {quality.seconds:.2f} s each, "
                         f"{100 * quality.agreement:.2f}% of the pixels as in float32"

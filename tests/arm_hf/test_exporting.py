@@ -11,6 +11,8 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, pipeline
 
+from arm_hf.data import open_data
+from arm_hf.export_quality import compare_weights, save_quality
 from arm_hf.exporting import ImageGraph, TraceableTower, checked_inputs, export_onnx, export_torch, quantise
 from arm_hf.folders import new_folder
 from arm_hf.modeling.modeling_arm import ARMModel
@@ -101,6 +103,23 @@ def test_torch_export(pipe, tmp_path):
     assert all(each.difference < 1e-4 for each in written)
 
 
+def check_quality(folder, runner, photo):
+    """Labels that are what 32 bits predict: all of them right there, and with 8 bits as many as agree."""
+    data = folder / "data"
+    words = ["cat", "sky"]
+    found = runner(photo, {word: [word] for word in words}).labels
+    for part, image in (("images", photo), ("labels", Image.fromarray(found.astype(np.uint8)))):
+        (data / part).mkdir(parents=True)
+        image.save(data / part / "a.png")
+    (data / "classes.json").write_text(json.dumps({"classes": words}))
+    (data / "val.txt").write_text("a\n")
+    opened = open_data(data)
+    record = json.loads(save_quality(folder, opened, compare_weights(folder, opened, threads=1)).read_text())
+    exact, coarse = record["weights"]["float32"], record["weights"]["int8"]
+    assert (record["images"], exact["mean_iou"], exact["agreement"]) == (1, 100, 1)
+    assert 0.8 < coarse["agreement"] <= 1 and coarse["image_graph_bytes"] < 0.5 * exact["image_graph_bytes"]
+
+
 @pytest.mark.slow
 def test_onnx_and_its_runner_without_torch(pipe, tmp_path, photo):
     pytest.importorskip("onnxscript")
@@ -127,6 +146,8 @@ def test_onnx_and_its_runner_without_torch(pipe, tmp_path, photo):
     assert small[0].num_bytes < 0.5 * written[0].num_bytes
     coarse = OnnxSegmenter(tmp_path, int8=True, threads=1)(photo, LABELS)
     assert (coarse.labels == runner(photo, LABELS).labels).mean() > 0.8
+
+    check_quality(tmp_path, runner, photo)
 
     photo.save(tmp_path / "photo.png")
     code = """

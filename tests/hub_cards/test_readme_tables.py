@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from arm_hf.hub_cards.build_card import HERE, read_json
-from arm_hf.hub_cards.readme_tables import evidence_tables, fill, methods_table, results_table, speed_table
+from arm_hf.hub_cards.readme_tables import evidence_tables, fill, int8_table, methods_table, results_table, speed_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -22,6 +22,12 @@ def test_the_guide_on_speed_is_up_to_date() -> None:
     table = speed_table(read_json(measured, "make bench") if measured.is_file() else None)
     text = (ROOT / "arm_hf" / "SPEED.md").read_text(encoding="utf-8")
     assert fill(text, {"speed": table}) == text, "run make card"
+
+
+def test_the_guide_on_export_is_up_to_date() -> None:
+    table = int8_table(read_json(HERE / "results" / "int8.json", "arm-hf export --int8 --measure-on"))
+    text = (ROOT / "arm_hf" / "EXPORT.md").read_text(encoding="utf-8")
+    assert fill(text, {"int8": table}) == text, "run make card"
 
 
 def test_the_page_on_what_arm_adds_is_up_to_date() -> None:
