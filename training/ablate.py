@@ -141,8 +141,8 @@ def run_experiments(
             "set": chosen.name,
             "unseen": chosen.unseen,
             "host": host,
-            "alone": rows[bench.row(host, None)],
-            "with_arm": rows[bench.row(host, training(variant, seed))],
+            "alone": _rounded(rows[bench.row(host, None)]),
+            "with_arm": _rounded(rows[bench.row(host, training(variant, seed))]),
         }
         for name, variant in variants
         for seed in seeds
@@ -150,6 +150,10 @@ def run_experiments(
         if chosen.name in variant.sets
         for host in variant.hosts
     ]
+
+
+def _rounded(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def write_results(
@@ -174,9 +178,10 @@ def write_results(
         "arm": checkpoint and Path(checkpoint).name,
         "recipe": recipe,
         "images_per_second": dict(speeds or {}),
-        "records": list(records),
     }
-    for name, text in (("evidence.json", json.dumps(about, indent=1)), ("evidence.md", markdown(about))):
+    lines = ",\n  ".join(json.dumps(record) for record in records)  # one a line, so that a change can be read
+    record_file = f'{json.dumps(about, indent=1)[:-2]},\n "records": [\n  {lines}\n ]\n}}'
+    for name, text in (("evidence.json", record_file), ("evidence.md", markdown({**about, "records": records}))):
         with atomic_path(bench.work / name) as path:
             path.write_text(text.rstrip() + "\n", encoding="utf-8")
     return bench.work / "evidence.md"
