@@ -39,7 +39,7 @@ def feed_forward(block: Any, hidden: Tensor) -> Tensor:
         hidden: Its state after the attention, (B, L, W).
     """
     mlp, normed = block.mlp, block.layer_norm2(hidden)
-    quick = isinstance(mlp.activation_fn, QuickGELUActivation)
+    quick = isinstance(mlp.activation_fn, QuickGELUActivation) and not has_hooks(mlp)
     if not (quick and plain_cpu(normed) and is_plain(mlp.fc1) and is_plain(mlp.fc2)):
         return hidden + mlp(normed)
     # With y = 1.702 fc1(x) the activation is silu(y) / 1.702; both factors go into products that are done anyway.
@@ -49,13 +49,19 @@ def feed_forward(block: Any, hidden: Tensor) -> Tensor:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a layer is nothing but weight and bias in float32: no adapter, no quantisation, nobody who listens."""
+    """Whether a layer is nothing but weight and bias in float32: no adapter, quantisation, autocast or hook."""
     return (
         type(linear) is nn.Linear
         and linear.bias is not None
         and linear.weight.dtype == torch.float32
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        and not torch.is_autocast_enabled("cpu")
+        and not has_hooks(linear)
     )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to see the calls of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _add_product(residual: Tensor, linear: Any, states: Tensor, factor: float = 1.0) -> Tensor:
@@ -82,7 +88,8 @@ def run_block(
     Returns:
         Block output (B, L, W); the map (B, heads, L, L) or None; q, k, v, each (B, heads, L, d), or None.
     """
-    if not (return_map or return_heads or totals or plain_cpu(hidden)):
+    own = not plain_cpu(hidden) or any(has_hooks(part) for part in (block, block.self_attn, block.mlp))
+    if own and not (return_map or return_heads or totals):
         return block(hidden, attention_mask=None), None, None
     query, key, value = project_heads(block, hidden, "qkv")
     scale = block.self_attn.scale
