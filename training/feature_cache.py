@@ -329,6 +329,7 @@ def _features(model: ARMModel, pixels: Tensor, layers: Sequence[int]) -> tuple[T
     return torch.stack([features.trunk.hidden_states[layer] for layer in layers], dim=1), features.patch_features
 
 
+@torch.no_grad()
 def _compute(
     model: ARMModel,
     views: Views,
