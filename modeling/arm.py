@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import attention_map, plain_cpu, split_heads
-
+from .attention import BLOCK_VALUES, attention_map, plain_cpu, split_heads
 
 def _eager_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: Any
@@ -123,27 +122,63 @@ class ScaleBlock(nn.Module):
         self.norm: Any = ChannelNorm(width) if kind == "eomt" else None
 
     def forward(self, maps: Tensor, factor: Tensor | float | None = None) -> Tensor:
-        # A 2x2 stride-2 transposed convolution has no overlap: it is one matrix product per pixel, several times
-        # faster on CPU than the generic kernel.
-        maps = self._doubled_on_cpu(maps) if maps.device.type == "cpu" else self.activation(self.upsample(maps))
+        if plain_cpu(maps):
+            return self._by_bands(maps, factor)
+        if maps.device.type == "cpu":
+            tiles = self.activation(_tiles(maps.permute(0, 2, 3, 1), *self._matrix()))  # (B, h, 2, w, 2, D)
+            maps = tiles.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        else:
+            maps = self.activation(self.upsample(maps))
         if self.depthwise is not None:
             return self.norm(self.depthwise(maps), factor)
         return maps if factor is None else maps * factor
 
-    def _doubled_on_cpu(self, maps: Tensor) -> Tensor:
-        """Transposed convolution and GELU; channels stay last in memory, as all that follows wants them."""
+    def _matrix(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the transposed convolution as those of a linear layer, (D, 2*2*D) and (2*2*D,)."""
         assert self.upsample.bias is not None
+        return self.upsample.weight.permute(0, 2, 3, 1).flatten(1), self.upsample.bias.repeat(4)
+
+    def _by_bands(self, maps: Tensor, factor: Tensor | float | None) -> Tensor:
+        """The same on the CPU without gradients, in the memory of the result.
+
+        A pixel's tile has as many values as the four pixels it becomes. So the product is written to where the result
+        will be, and each band of rows is taken out, finished while it is in the cache, and put back. The depthwise
+        convolution sees one row more on either side: its rows follow one behind.
+        """
         batch, width, height, columns = maps.shape
-        weight = self.upsample.weight.permute(0, 2, 3, 1).reshape(width, -1)  # (D_in, D_out, 2, 2) -> (D, 2*2*D)
-        pixels = maps.permute(0, 2, 3, 1).reshape(-1, width)  # (B*h*w, D)
-        tiles = torch.addmm(self.upsample.bias.repeat(4), pixels, weight)
-        tiles = tiles.view(batch, height, columns, 2, 2, -1).transpose(2, 3)  # (B, h, 2, w, 2, D)
-        if plain_cpu(tiles):  # GELU writes to where the values belong
-            doubled = torch.empty(tiles.shape, dtype=tiles.dtype, device=tiles.device)
-            torch.ops.aten.gelu.out(tiles, approximate=self.activation.approximate, out=doubled)
-        else:
-            doubled = self.activation(tiles)
-        return doubled.reshape(batch, 2 * height, 2 * columns, -1).permute(0, 3, 1, 2)
+        pixels = maps.permute(0, 2, 3, 1)  # (B, h, w, D)
+        result = pixels.new_empty(batch, 2 * height, 2 * columns, width)
+        tiles = _tiles(pixels, *self._matrix(), out=result.view(-1, 4 * width))
+        rows = min(height, max(1, BLOCK_VALUES * torch.get_num_threads() // (4 * width * columns)))
+        band = pixels.new_empty(1, 2 * rows + 3, 2 * columns, width)  # two rows before, one behind
+        for image, own in zip(result, tiles, strict=True):
+            band[:, :2].zero_()  # the convolution's border
+            for top in range(0, height, rows):
+                bottom = min(top + rows, height)
+                new, end = 2 * (bottom - top), bottom == height
+                doubled = band[0, 2 : 2 + new]
+                tile = own[top:bottom]  # (n, 2, w, 2, D)
+                torch.ops.aten.gelu.out(tile, approximate=self.activation.approximate, out=doubled.view(tile.shape))
+                if self.depthwise is None:
+                    image[2 * top : 2 * bottom] = doubled if factor is None else doubled * factor
+                    continue
+                if end:
+                    band[:, 2 + new :].zero_()
+                seen = band[:, 1 if top == 0 else 0 : 2 + new + end].permute(0, 3, 1, 2)
+                found = F.conv2d(seen, self.depthwise.weight, padding=(0, 1), groups=width)
+                image[max(0, 2 * top - 1) : 2 * bottom - 1 + end] = self.norm(found, factor)[0].permute(1, 2, 0)
+                band[:, :2] = band[:, new : 2 + new].clone()
+        return result.permute(0, 3, 1, 2)
+
+
+def _tiles(pixels: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """Transposed convolution: (B, h, w, D) -> (B, h, 2, w, 2, D), a view in which rows and columns lie doubled.
+
+    With stride 2 its 2x2 kernel has no overlap, so it is one product per pixel, several times faster on the CPU than
+    the general kernel.
+    """
+    products = torch.addmm(bias, pixels.reshape(-1, pixels.shape[-1]), weight, out=out)
+    return products.view(*pixels.shape[:3], 2, 2, -1).transpose(2, 3)
 
 
 class IntermediateFusion(nn.Module):
