@@ -28,7 +28,7 @@ from arm_hf.modeling.decision import QueryMaps, decide, window_boxes
 from arm_hf.modeling.dense_clip import DenseCLIP, segment_images
 from arm_hf.modeling.modeling_arm import ARMModel
 from arm_hf.modeling.pamr import PAMR
-from arm_hf.modeling.trunk import Padding
+from arm_hf.modeling.trunk import COMMON_POSITION_RULE, Padding, TrunkRequest
 
 SECTIONS = ("methods", "arm", "windows", "pamr", "together", "memory", "bf16", "compile")
 OPT_IN = ("bf16", "compile")
@@ -175,11 +175,14 @@ def _arm(bench: Bench) -> list[Candidate]:
     for title, model in models.items():
         for name in [name for name in names if name in ARM_HOSTS] or names[:1]:
 
-            def refine(model: Any = model, name: str = name) -> Tensor:
-                return model.query_maps(bench.pixels, bench.words, name).chunk()
+            def see(model: Any = model, name: str = name) -> Any:
+                return model.features(bench.pixels, name, class_embeddings=bench.words)
+
+            def refine(features: Any, model: Any = model) -> Tensor:
+                return model.maps_of(features, bench.words).chunk()
 
             target = ARM_TARGETS.get(title)
-            found.append(Candidate(f"{name} + {title}", refine, bench.method(name), target, "added"))
+            found.append(Candidate(f"{name} + {title}", refine, see, target, "added", continues=True))
     return found
 
 
@@ -207,9 +210,28 @@ def _windows(bench: Bench) -> list[Candidate]:
     if "cliper" in names:
         title, patch = "cliper, own windows", bench.dense.tower.patch_size
         side -= side % patch
-        run = bench.method("cliper", window=side, window_stride=max(patch, side // 2 // patch * patch))
-        found.append(Candidate(title, run, target=TARGETS[title], note=f"{len(boxes)} windows of {side} and the whole"))
+        stride = max(patch, side // 2 // patch * patch)
+        run = bench.method("cliper", window=side, window_stride=stride)
+        boxes = window_boxes(size, side, stride)
+        crops = torch.cat([bench.pixels[..., top:bottom, left:right] for top, left, bottom, right in boxes])
+
+        def passes() -> None:
+            for pixels in (bench.pixels, crops):
+                _stream_products(bench.dense, pixels)
+
+        note = f"{len(boxes)} windows of {side} and the whole; floor: their passes and the products of every stream"
+        found.append(Candidate(title, run, target=TARGETS[title], note=note, needed=passes))
     return found
+
+
+def _stream_products(dense: DenseCLIP, pixels: Tensor) -> None:
+    """Of CLIPer only the unchanged blocks, and what its definition applies to every block's input on top: the value
+    and output projections of the last block (its Eq. 8). No map is kept, nothing normalised, no word looked at."""
+    states = tuple(range(dense.tower.num_blocks))
+    trunk = dense.run_trunk(pixels, TrunkRequest(states))
+    attention = dense.tower.last_block.self_attn
+    for state in trunk.hidden_states.values():
+        attention.out_proj(attention.v_proj(state))
 
 
 def _pamr(bench: Bench) -> list[Candidate]:
@@ -221,23 +243,32 @@ def _pamr(bench: Bench) -> list[Candidate]:
 
 
 def _together(bench: Bench) -> list[Candidate]:
-    """Maps of all methods, one trunk pass for all that resize the position table alike, and each on its own."""
+    """Maps of all methods from shared trunk passes: of one where all have one position table, else of one for each."""
     dense, names = bench.dense, list(bench.methods or ())
-    groups = dense.group_by_position_rule(dict.fromkeys(names))
+    size = (bench.pixels.shape[-2], bench.pixels.shape[-1])
 
-    def shared() -> None:
-        for rule, members in groups.items():
-            trunk = dense.shared_trunk(bench.pixels, rule, members)
-            for _, method, settings, _ in members:
-                dense.maps_of(dense.apply(method, settings, trunk, bench.words), bench.words)
+    def candidate(title: str, options: dict[str, Any] | None, target: float | None) -> Candidate:
+        groups = dense.group_by_position_rule(dict.fromkeys(names, options), size)
 
-    def alone() -> None:
-        for name in names:
-            dense.query_maps(bench.pixels, bench.words, name)
+        def shared() -> None:
+            for rule, members in groups.items():
+                trunk = dense.shared_trunk(bench.pixels, rule, members)
+                for _, method, settings, _ in members:
+                    dense.maps_of(dense.apply(method, settings, trunk, bench.words), bench.words)
 
-    note = f"{len(names)} methods, {len(groups)} position rules, so as many trunk passes"
+        def alone() -> None:
+            for name in names:
+                dense.query_maps(bench.pixels, bench.words, name, options)
+
+        note = f"{len(names)} methods, {len(groups)} trunk passes"
+        return Candidate(title, shared, alone, target, "ratio", note)
+
+    common = {"position_rule": COMMON_POSITION_RULE}
     target = TOGETHER_TARGET if bench.standard else None
-    return [Candidate("all methods from shared passes", shared, alone, target, "ratio", note)]
+    return [
+        candidate("all methods, one position table (--common-input)", common, target),
+        candidate("all methods, each with its code's position table", None, None),
+    ]
 
 
 def decision_peak(count: int, side: int = 1024) -> float:
@@ -360,7 +391,7 @@ def run_sections(
             with torch.inference_mode():
                 candidates = BUILDERS[section](bench)
                 for candidate in candidates:
-                    candidate.run()  # the first call warms up
+                    candidate.once()  # the first call warms up
         except (ImportError, ValueError, RuntimeError) as error:  # no compiler, a type that an operator lacks
             bench.left_out[section] = str(error).strip().splitlines()[0]
             continue

@@ -17,6 +17,7 @@ from arm_hf.modeling.decision import Decision, QueryMaps, background_queries, de
 from arm_hf.modeling.dense_clip import DenseCLIP
 from arm_hf.modeling.method import get_method, list_methods
 from arm_hf.modeling.prompts import Vocabulary
+from arm_hf.modeling.trunk import COMMON_POSITION_RULE
 from arm_hf.sheets import tile_sheet
 
 ARM_CHOICES = ("off", "on", "both")
@@ -82,8 +83,12 @@ def compare(
     background: Any = None,
     size: int | None = None,
     templates: Any = None,
+    common_input: bool = False,
 ) -> Comparison:
     """Run methods on one image with one trunk pass for all that resize the position table alike.
+
+    Every method finds what it finds alone. With `common_input` all take one position table, whose form is that of most
+    codes: one pass serves all, and what is left are the differences of the methods themselves.
 
     Args:
         pipe: An `open-vocab-segmentation` pipeline.
@@ -94,6 +99,7 @@ def compare(
         background: Background policy.
         size: Shorter side in pixels that the network sees.
         templates: Prompt templates.
+        common_input: Resize the position table for all methods alike.
 
     Raises:
         ValueError: `arm` is unknown, or asks for ARM and the model has none.
@@ -108,6 +114,7 @@ def compare(
     item = pipe.preprocess(image, candidate_labels=labels, background=background, size=size)
     vocabulary: Vocabulary = item["vocabulary"][0]
     pixels = item["pixels"][0][None].to(model.device, model.dtype)
+    shown = (pixels.shape[-2], pixels.shape[-1])
     templates = templates or getattr(model.config, "templates", None) or "imagenet80"
     words = pipe.text_encoder.class_embeddings(vocabulary.queries, templates)
     clock = _Clock(model.device)
@@ -116,8 +123,8 @@ def compare(
     def finish(maps: QueryMaps) -> Decision:
         return decide(
             maps,
-            [(0, 0, *pixels.shape[-2:])],
-            (pixels.shape[-2], pixels.shape[-1]),
+            [(0, 0, *shown)],
+            shown,
             vocabulary.class_of_query,
             num_classes=vocabulary.num_classes,
             output_size=item["original_size"][0],
@@ -127,7 +134,8 @@ def compare(
 
     layers = model.config.fusion_layers if arm != "off" else ()
     background_rows = background_queries(vocabulary.class_of_query, vocabulary.background_index)
-    for rule, members in dense.group_by_position_rule(dict.fromkeys(methods)).items():
+    options = {"position_rule": COMMON_POSITION_RULE} if common_input else None
+    for rule, members in dense.group_by_position_rule(dict.fromkeys(methods, options), shown).items():
         started = clock()
         trunk = dense.shared_trunk(pixels, rule, members, layers)
         trunk_seconds += clock() - started

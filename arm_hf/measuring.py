@@ -38,17 +38,26 @@ class Candidate:
         name: What the table calls it.
         run: Does it once.
         host: What it is compared with beside the reference, run right before it.
+        continues: `run` takes the host's result and goes on from there: its time is the host's and its own. What is
+            added to a host is far smaller than the host's own spread, so that two whole runs hardly show it.
+        needed: The part of it that no other program can leave out; alone it takes the least that `run` can take.
         target: Upper bound.
         bound: What the target bounds: "ratio" to the reference, "added" to the host's ratio, time "over" the host's.
         note: Remark for the table.
     """
 
     name: str
-    run: Callable[[], Any] = field(repr=False)
+    run: Callable[..., Any] = field(repr=False)
     host: Callable[[], Any] | None = field(default=None, repr=False)
     target: float | None = None
     bound: str = "ratio"
     note: str = ""
+    continues: bool = False
+    needed: Callable[[], Any] | None = field(default=None, repr=False)
+
+    def once(self) -> Any:
+        """All of it, the host's part included where it continues."""
+        return self.run(self.host()) if self.continues and self.host is not None else self.run()
 
 
 @dataclass(frozen=True)
@@ -247,21 +256,22 @@ def measure(
     floors: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     with torch.inference_mode():
         bare = Bare(device, dtype)
-        counts: dict[Any, Work] = {}
-        for run in (reference, *(run for each in candidates for run in (each.run, each.host))):
-            if run is not None and run not in counts:
-                counts[run] = count_work(run)
-        memory = {candidate.name: measure_memory(candidate.run, device) for candidate in candidates}
+        plain = max(1, count_work(reference).flops)
+        counts = {each.name: count_work(each.once) for each in candidates}
+        hosts = {each.name: None if each.host is None else count_work(each.host) for each in candidates}
+        memory = {each.name: measure_memory(each.once, device) for each in candidates}
         for _ in range(rounds):
             for candidate in candidates:
                 if progress is not None:
                     progress.set_postfix_str(candidate.name[:40], refresh=False)
                 base = seconds(reference)
-                host = None if candidate.host is None else seconds(candidate.host)
-                times[candidate.name].append((base, seconds(candidate.run), host))
+                host, own = _run(candidate, seconds)
+                times[candidate.name].append((base, own, host))
                 if candidate.target is not None:
                     least = bare.speed(seconds)
-                    floors[candidate.name].append(_floor(candidate, counts, least, base, host))
+                    bound = _floor(candidate, counts[candidate.name], hosts[candidate.name], least, base, host)
+                    needed = 0.0 if candidate.needed is None else seconds(candidate.needed) / base
+                    floors[candidate.name].append(max(bound, needed))
                 if progress is not None:
                     progress.update()
     rows = []
@@ -269,8 +279,8 @@ def measure(
         measured = times[candidate.name]
         ratios = [own / base for base, own, _ in measured]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        flops, plain = counts[candidate.run].flops, max(1, counts[reference].flops)
-        under = None if candidate.host is None else counts[candidate.host].flops
+        flops, host_work = counts[candidate.name].flops, hosts[candidate.name]
+        under = None if host_work is None else host_work.flops
         rows.append(
             Row(
                 name=candidate.name,
@@ -296,16 +306,32 @@ def measure(
     return rows
 
 
+def _run(candidate: Candidate, seconds: Callable[[Callable[[], Any]], float]) -> tuple[float | None, float]:
+    """Time of the host, if there is one, and of the candidate."""
+    if candidate.host is None:
+        return None, seconds(candidate.run)
+    found, run_host = [], candidate.host
+    host = seconds(lambda: found.append(run_host()))
+    if not candidate.continues:
+        found.clear()
+        return host, seconds(candidate.run)
+    return host, host + seconds(lambda: candidate.run(found[0]))
+
+
 def _floor(
-    candidate: Candidate, counts: dict[Any, Work], least: Callable[[Work], float], base: float, host: float | None
+    candidate: Candidate,
+    work: Work,
+    host_work: Work | None,
+    least: Callable[[Work], float],
+    base: float,
+    host: float | None,
 ) -> float:
     """Least that the bounded value can be, from times of one round."""
-    own = counts[candidate.run]
     if candidate.bound == "over" and host is not None:
-        return least(own) / host
-    if candidate.bound == "added" and candidate.host is not None:
-        own -= counts[candidate.host]
-    return least(own) / base
+        return least(work) / host
+    if candidate.bound == "added" and host_work is not None:
+        work -= host_work
+    return least(work) / base
 
 
 def _median(values: Any) -> float | None:

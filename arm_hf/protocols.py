@@ -21,6 +21,7 @@ from arm_hf.label_sets import load_label_set
 from arm_hf.modeling.layer_fusion_methods import CLIPER_OPTIONS
 from arm_hf.modeling.method import get_method
 from arm_hf.modeling.prompts import Label, Vocabulary, parse_labels
+from arm_hf.modeling.trunk import COMMON_POSITION_RULE
 
 PLAIN = "plain"
 BACKBONES = ("B/16", "L/14")
@@ -217,15 +218,15 @@ class Protocol:
         Args:
             method: Registered name; one that the protocol does not know gets the default.
             backbone: One of `BACKBONES`; CLIPer's code has other values for each.
-            common_input: Give every method the default's input, so that all share one pass through the trunk. That is
-                no longer the papers' protocol.
+            common_input: Give every method the default's input and one rule for the position table, so that all share
+                one pass through the trunk. That is no longer the papers' protocol.
 
         Raises:
             ValueError: Unknown backbone or method.
         """
         if backbone not in BACKBONES:
             raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
-        get_method(method)
+        known = get_method(method)
         entry = dict(self.methods.get(method, {}))
         differences = dict(entry.pop("backbones", {})).get(backbone, {})
         values = {key: value for key, value in (entry | differences).items() if key != "short_side"}
@@ -239,6 +240,9 @@ class Protocol:
             notes = (*notes, "input: the data set's common one, not the method's own")
         if values.get("options") == "CLIPER_OPTIONS":
             values["options"] = CLIPER_OPTIONS[self.name, backbone]
+        if common_input and known.settings(values.get("options")).position_rule != COMMON_POSITION_RULE:
+            values["options"] = {**values.get("options", {}), "position_rule": COMMON_POSITION_RULE}
+            notes = (*notes, "position table: resized as for most methods, not the method's own way")
         if "label_set" in values:
             values["labels"] = load_label_set(values.pop("label_set"))
         if "background_words" in values:

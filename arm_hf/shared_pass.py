@@ -63,7 +63,7 @@ class Found:
         labels: Per row the label of every pixel, (H, W) int32; -1 is "none of the classes".
         seconds: Per row the time from the trunk's output to the labels.
         trunk_seconds: Per row the time of resizing and of the trunk passes it shares.
-        passes: Number of trunk passes (windows of a batch count as one image).
+        passes: Number of trunk passes (all windows count as one).
     """
 
     labels: Mapping[str, np.ndarray]
@@ -124,7 +124,7 @@ class SharedPass:
 
     @property
     def num_passes(self) -> int:
-        """Trunk passes per image."""
+        """Trunk passes per image at most; where no rule resizes the position table, different rules share one."""
         return sum(len(rules) for rules in self.groups.values())
 
     def describe(self) -> list[str]:
@@ -158,13 +158,19 @@ class SharedPass:
         labels: dict[str, np.ndarray] = {}
         seconds: dict[str, float] = {}
         trunk_seconds: dict[str, float] = {}
+        passes = 0
         for rule, positions in self.groups.items():
             started = self._clock()
             pixels = self._pixels(image, rule)
             resizing = self._clock() - started
             boxes = window_boxes((pixels.shape[-2], pixels.shape[-1]), rule.window, rule.stride)
             dense = DenseCLIP(self.clip, rule.odd_sizes)
+            top, left, bottom, right = boxes[0]
+            merged: dict[str, list[_Job]] = {}
             for position, jobs in positions.items():
+                merged.setdefault(dense.position_rule(position, (bottom - top, right - left)), []).extend(jobs)
+            passes += len(merged)
+            for position, jobs in merged.items():
                 parts: dict[str, list[QueryMaps]] = {row.name: [] for job in jobs for row in job.rows}
                 spent = dict.fromkeys(parts, 0.0)
                 trunk_time = resizing
@@ -185,7 +191,7 @@ class SharedPass:
             {name: labels[name] for name in ordered},
             {name: seconds[name] for name in ordered},
             {name: trunk_seconds[name] for name in ordered},
-            self.num_passes,
+            passes,
         )
 
     def _jobs(self) -> list[_Job]:

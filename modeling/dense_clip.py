@@ -20,7 +20,7 @@ from .pamr import PAMR, check_iterations
 from .proxy_methods import PROXY_METHODS
 from .regions import correct_confidence, correct_labels
 from .resclip import RESCLIP_METHODS
-from .trunk import TrunkOutput, TrunkRequest, VisionTower
+from .trunk import COMMON_POSITION_RULE, Padding, TrunkOutput, TrunkRequest, VisionTower
 
 BUILT_IN_METHODS = (
     *LAST_BLOCK_METHODS,
@@ -138,15 +138,35 @@ class DenseCLIP:
         trunk = self.run_trunk(pixel_values, request, gradient_checkpointing=gradient_checkpointing)
         return self.apply(method, settings, trunk, class_embeddings, background_queries, outside)
 
-    def group_by_position_rule(self, methods: Mapping[str, Mapping[str, Any] | None]) -> dict[str, list[Member]]:
-        """Methods that can share a trunk pass, by position rule: name, method, settings and request of each."""
+    def group_by_position_rule(
+        self, methods: Mapping[str, Mapping[str, Any] | None], size: tuple[int, int]
+    ) -> dict[str, list[Member]]:
+        """Methods that can share a trunk pass, by position rule: name, method, settings and request of each.
+
+        Args:
+            methods: Settings by registered name.
+            size: Height and width of the images in pixels.
+        """
         groups: dict[str, list[Member]] = {}
         for name, options in methods.items():
             method = get_method(name)
             settings = method.settings(options)
             request = method.request(settings, self.tower.num_blocks)
-            groups.setdefault(request.position_rule, []).append((name, method, settings, request))
+            rule = self.position_rule(request.position_rule, size)
+            groups.setdefault(rule, []).append((name, method, settings, request))
         return groups
+
+    def position_rule(self, rule: str, size: tuple[int, int]) -> str:
+        """A rule that gives images of this size the same position table; one for all where none resizes it.
+
+        Args:
+            rule: One of `POSITION_RULES`.
+            size: Height and width of the images in pixels.
+        """
+        patch = self.tower.patch_size
+        padding = Padding.to_multiple(*size, patch, self.odd_sizes)
+        height, width = size[0] + padding.top + padding.bottom, size[1] + padding.left + padding.right
+        return COMMON_POSITION_RULE if (height // patch, width // patch) == self.tower.own_grid else rule
 
     def shared_trunk(
         self, pixel_values: Tensor, rule: str, members: Sequence[Member], hidden_states: Sequence[int] = ()
@@ -156,12 +176,12 @@ class DenseCLIP:
         Args:
             pixel_values: Normalised images, (B, 3, H, W).
             rule: How the position table is resized.
-            members: Methods with this rule.
+            members: Methods that take this rule, or an equal one (see `position_rule`).
             hidden_states: Further states to keep.
         """
         request = TrunkRequest(tuple(hidden_states), position_rule=rule)
         for *_, wanted in members:
-            request = request.merge(wanted)
+            request = request.merge(replace(wanted, position_rule=rule))
         return self.run_trunk(pixel_values, request)
 
     def apply(

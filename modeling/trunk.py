@@ -17,6 +17,7 @@ from .attention import plain_cpu
 from .block import run_block
 
 POSITION_RULES = ("reference", "bilinear", "antialias", "transformers")
+COMMON_POSITION_RULE = "reference"  # that of most methods, for those who want one pass for all
 ODD_SIZE_RULES = ("pad", "drop")
 
 
@@ -169,6 +170,12 @@ class VisionTower:
         """Post-LayerNorm and visual projection on every token, (B, L, W) -> (B, L, D)."""
         return self.projection(self.post_norm(tokens))
 
+    @property
+    def own_grid(self) -> tuple[int, int]:
+        """Patches per column and row for which the position table was made."""
+        side = int((self.embeddings.position_embedding.weight.shape[0] - 1) ** 0.5)
+        return side, side
+
     def position_table(self, grid: tuple[int, int], rule: str = "reference") -> Tensor:
         """The position table for a grid of patches, (1 + h*w, W).
 
@@ -186,7 +193,7 @@ class VisionTower:
             raise ValueError(f"position_rule must be one of {POSITION_RULES}, got {rule!r}")
         table = self.embeddings.position_embedding.weight
         height, width = grid
-        side = int((table.shape[0] - 1) ** 0.5)
+        side = self.own_grid[0]
         same = height * width == side * side if rule == "reference" else (height, width) == (side, side)
         if same:
             return table

@@ -26,7 +26,11 @@ from arm_hf.shared_pass import ARM_SUFFIX
 from arm_hf.training.ablation_tables import FIGURE_NAMES
 from arm_hf.training.options import TrainingOptions
 
-HOST_OPTIONS = {"resclip": {"pamr_iterations": 0}}  # as in its paper; its code's PAMR over all classes takes most time
+HOST_OPTIONS: dict[str, dict[str, Any]] = {
+    "resclip": {"pamr_iterations": 0},  # as in its paper; its code's PAMR over all classes takes most time
+    "cliper": {"position_rule": "bilinear"},  # as in the code, though the input is common
+    "gem": {"position_rule": "antialias"},
+}
 SIZE = 336  # shorter side of the images, in pixels; they are seen whole
 
 

@@ -22,9 +22,16 @@ def compare(
     model: Annotated[str, typer.Option(help="The embedded model, a local folder, or a hub id.")] = DEFAULT_MODEL,
     background: Annotated[str | None, typer.Option(help="Background policy, as for segment.")] = None,
     size: Annotated[int | None, typer.Option(help="Shorter side in pixels that the network sees.")] = None,
+    common_input: Annotated[
+        bool,
+        typer.Option("--common-input", help="Resize the position table for all methods alike: one pass, faster."),
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
-    """Run several methods on one photo with one shared pass: a grid picture and the time of each."""
+    """Run several methods on one photo: a grid picture and the time of each.
+
+    Methods that resize CLIP's position table alike share a pass; as their codes have it, there are three ways.
+    """
     with one_line_errors():
         from arm_hf.comparing import compare as run
         from arm_hf.comparing import grid, parse_methods
@@ -38,7 +45,7 @@ def compare(
         picture = read_image(image)
         quiet_libraries()
         pipe = load_pipeline(model, device=device)
-        found = run(pipe, picture, parsed, names, arm=arm, background=background, size=size)
+        found = run(pipe, picture, parsed, names, arm=arm, background=background, size=size, common_input=common_input)
         with atomic_path(out) as path:
             grid(picture, found).save(path, format="PNG")
         typer.echo(f"shared trunk  {found.trunk_seconds * 1000:7.0f} ms")

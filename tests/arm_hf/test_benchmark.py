@@ -117,7 +117,7 @@ def test_sections_and_their_tables():
     assert plain.flops_ratio == 1.0 and host.added is None and host.flops_ratio < 1 and host.bound == "ratio"
     assert refined.bound == "added" and refined.added is not None and refined.flops_added > light.flops_added > 0
     assert windows[0].bound == "over" and windows[0].over > 0 and windows[0].flops_over == 1.0
-    assert together[0].note.startswith("1 methods, 1 position rules")
+    assert [row.note for row in together] == ["1 methods, 1 trunk passes"] * 2
     assert all(row.low <= row.ratio <= row.high and row.least <= row.ratio and row.peak_mib > 0 for row in methods)
     table = markdown([*methods, *arm])
     assert len(table.splitlines()) == 2 + len(methods) + len(arm) and "| clearclip + ARM |" in table

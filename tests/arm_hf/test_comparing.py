@@ -56,6 +56,36 @@ def test_results_are_those_of_the_pipeline(pipe, photo):
         np.testing.assert_allclose(alone["confidence"], result.confidence, atol=1e-4)
 
 
+ONE_OF_EACH_RULE = ["clearclip", "cliper", "gem"]
+
+
+def test_one_position_table_for_all_takes_one_pass(pipe, photo):
+    calls = count_calls(pipe.model.clip)
+    own = compare(pipe, photo, "cat, dog, sky", ONE_OF_EACH_RULE)
+    assert calls[0] == 3
+    common = compare(pipe, photo, "cat, dog, sky", ONE_OF_EACH_RULE, common_input=True)
+    assert calls[0] == 4
+    for result in common.results:
+        options = {"position_rule": "reference"}
+        alone = pipe(photo, "cat, dog, sky", method=result.name, use_arm=False, method_options=options, semantic=True)
+        assert (alone["semantic_map"] == result.semantic_map).mean() > 0.999
+        np.testing.assert_allclose(alone["confidence"], result.confidence, atol=1e-5)
+    scores = [(a.confidence, b.confidence) for a, b in zip(own.results, common.results, strict=True)]
+    assert [np.abs(a - b).max() > 2e-5 for a, b in scores] == [False, True, True]
+
+
+def test_where_no_table_is_resized_all_share_a_pass(pipe, photo):
+    side = pipe.model.clip.config.vision_config.image_size
+    square = photo.resize((side, side))
+    calls = count_calls(pipe.model.clip)
+    found = compare(pipe, square, "cat, dog, sky", ONE_OF_EACH_RULE, size=side)
+    assert calls[0] == 1
+    for result in found.results:
+        alone = pipe(square, "cat, dog, sky", method=result.name, use_arm=False, size=side, semantic=True)
+        assert (alone["semantic_map"] == result.semantic_map).mean() > 0.999
+        np.testing.assert_allclose(alone["confidence"], result.confidence, atol=1e-5)
+
+
 def test_all_methods_run_or_say_why_not(pipe, photo):
     found = compare(pipe, photo, "cat, dog", parse_methods("all"))
     names = {result.name for result in found.results}
@@ -95,6 +125,8 @@ def test_the_command_writes_the_picture_once(tmp_path, photo, tiny_clip_folder, 
 
     again = CliRunner().invoke(app, [*words, "--methods", "clip"])
     assert again.exit_code == 2 and "--overwrite" in again.output
+    common = CliRunner().invoke(app, [*words, "--methods", "clip,gem", "--common-input", "--overwrite"])
+    assert common.exit_code == 0, common.output
     with_arm = CliRunner().invoke(app, [*words, "--methods", "clip", "--arm", "on", "--overwrite"])
     assert with_arm.exit_code == 2 and "without ARM; compare with --arm off" in with_arm.output
 

@@ -227,7 +227,11 @@ def test_the_common_input_is_the_same_for_all():
     protocol = load_protocol("voc21")
     rules = {protocol.setup(method, common_input=True).input for method in BUILT_IN_METHODS}
     assert len(rules) == 1
-    assert "common" in protocol.setup("cliper", common_input=True).notes[-1]
+    setups = [protocol.setup(method, common_input=True).record() for method in BUILT_IN_METHODS]
+    assert {setup["options"]["position_rule"] for setup in setups} == {"reference"}
+    own, common = (protocol.setup("cliper", common_input=common) for common in (False, True))
+    assert dict(common.options) == {**own.options, "position_rule": "reference"}
+    assert [note.partition(":")[0] for note in common.notes[-2:]] == ["input", "position table"]
 
 
 def test_labels_are_kept_where_the_classes_are_the_protocols():
