@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -275,7 +275,7 @@ class SharedPass:
         setup, vocabulary, offset = row.setup, job.vocabulary, row.setup.offset
         if row.arm and offset:  # M_c has seen the background words; ARM itself chooses among the classes
             keep = [query for query, index in enumerate(vocabulary.class_of_query) if index >= offset]
-            maps = replace(maps, coarse=maps.coarse[:, keep], class_embeddings=maps.class_embeddings[keep])
+            maps = maps.select_queries(keep)
             vocabulary, offset = Vocabulary(setup.labels), 0
         threshold = vocabulary.threshold
         if row.arm and maps.activation == "sigmoid":

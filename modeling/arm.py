@@ -19,7 +19,13 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import BLOCK_VALUES, attention_map, plain_cpu, split_heads
+from .attention import attention_map, plain_cpu, split_heads
+from .block import add_projection
+
+BAND_VALUES = (
+    2**21
+)  # 8 MiB of float32: fewer make products slower, as weights are packed for each; more leave the cache
+
 
 def _eager_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: Any
@@ -42,26 +48,38 @@ class RefinementAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, states: Tensor, memory: Tensor) -> Tensor:
-        """Attend from `states` (B, N, D) over `memory` (B, M, D).
+    def forward(self, states: Tensor, memory: Tensor, residual: Tensor, dropout: nn.Dropout) -> Tensor:
+        """Attend from `states` (B, N, D) over `memory` (B, M, D), added to a residual.
 
         Args:
             states: Queries, (B, N, D).
             memory: Keys and values, (B, M, D).
+            residual: (B, N, D).
+            dropout: Applied to what is added.
         """
         query = split_heads(self.q_proj(states), self.num_heads)
         key = split_heads(self.k_proj(memory), self.num_heads)
         value = split_heads(self.v_proj(memory), self.num_heads)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
         attended, _ = attend(self, query, key, value, None, scaling=self.scaling, dropout=0.0, is_causal=False)
-        return self.out_proj(attended.flatten(2))  # (B, N, heads, d) -> (B, N, D)
+        return _add_layer(residual, self.out_proj, attended.flatten(2), dropout)  # (B, N, heads, d) -> (B, N, D)
 
 
 class FeedForward(nn.Sequential):
-    """Linear - GELU - Linear."""
+    """Linear - GELU - Linear, added to a residual."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, states: Tensor, residual: Tensor, dropout: nn.Dropout) -> Tensor:  # type: ignore[override]
+        return _add_layer(residual, self[2], self[1](self[0](states)), dropout)
+
+
+def _add_layer(residual: Tensor, linear: nn.Module, states: Tensor, dropout: nn.Dropout) -> Tensor:
+    """residual + dropout(linear(states)); without dropout the sum rides on the product where it can."""
+    if dropout.training and dropout.p:
+        return residual + dropout(linear(states))
+    return add_projection(residual, linear, states)
 
 
 class RefinementBlock(GradientCheckpointingLayer):
@@ -87,10 +105,8 @@ class RefinementBlock(GradientCheckpointingLayer):
             memory: What it looks at, (B, M, D); None is `states`.
         """
         normed = self.attention_norm(states)
-        states = states + self.dropout(self.attention(normed, normed if memory is None else memory))
-        if self.ffn is not None:
-            states = states + self.dropout(self.ffn(self.ffn_norm(states)))
-        return states
+        states = self.attention(normed, normed if memory is None else memory, states, self.dropout)
+        return states if self.ffn is None else self.ffn(self.ffn_norm(states), states, self.dropout)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -108,6 +124,8 @@ class ChannelNorm(nn.LayerNorm):
 class ScaleBlock(nn.Module):
     """Double the resolution of a map: (B, D, h, w) -> (B, D, 2h, 2w), times a factor if one is given.
 
+    With class embeddings (Q, D) the result is their product with that, (B, Q, 2h, 2w).
+
     "eomt" is the block of that name in EoMT (Kerssies et al., CVPR 2025), which the paper's wording matches; "plain" is
     a transposed convolution and GELU.
     """
@@ -121,53 +139,63 @@ class ScaleBlock(nn.Module):
         )
         self.norm: Any = ChannelNorm(width) if kind == "eomt" else None
 
-    def forward(self, maps: Tensor, factor: Tensor | float | None = None) -> Tensor:
+    def forward(
+        self, maps: Tensor, factor: Tensor | float | None = None, class_embeddings: Tensor | None = None
+    ) -> Tensor:
         if plain_cpu(maps):
-            return self._by_bands(maps, factor)
+            return self._by_bands(maps, factor, class_embeddings)
         if maps.device.type == "cpu":
             tiles = self.activation(_tiles(maps.permute(0, 2, 3, 1), *self._matrix()))  # (B, h, 2, w, 2, D)
             maps = tiles.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
         else:
             maps = self.activation(self.upsample(maps))
         if self.depthwise is not None:
-            return self.norm(self.depthwise(maps), factor)
-        return maps if factor is None else maps * factor
+            maps = self.norm(self.depthwise(maps), factor)
+        elif factor is not None:
+            maps = maps * factor
+        return maps if class_embeddings is None else refinement_map(maps, class_embeddings)
 
     def _matrix(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the transposed convolution as those of a linear layer, (D, 2*2*D) and (2*2*D,)."""
         assert self.upsample.bias is not None
         return self.upsample.weight.permute(0, 2, 3, 1).flatten(1), self.upsample.bias.repeat(4)
 
-    def _by_bands(self, maps: Tensor, factor: Tensor | float | None) -> Tensor:
-        """The same on the CPU without gradients, in the memory of the result.
+    def _by_bands(self, maps: Tensor, factor: Tensor | float | None, class_embeddings: Tensor | None) -> Tensor:
+        """The same on the CPU without gradients, band by band: what is not yet the result stays in the cache.
 
-        A pixel's tile has as many values as the four pixels it becomes. So the product is written to where the result
-        will be, and each band of rows is taken out, finished while it is in the cache, and put back. The depthwise
-        convolution sees one row more on either side: its rows follow one behind.
+        The depthwise convolution sees one row more on either side, so its rows follow one behind.
         """
         batch, width, height, columns = maps.shape
-        pixels = maps.permute(0, 2, 3, 1)  # (B, h, w, D)
-        result = pixels.new_empty(batch, 2 * height, 2 * columns, width)
-        tiles = _tiles(pixels, *self._matrix(), out=result.view(-1, 4 * width))
-        rows = min(height, max(1, BLOCK_VALUES * torch.get_num_threads() // (4 * width * columns)))
-        band = pixels.new_empty(1, 2 * rows + 3, 2 * columns, width)  # two rows before, one behind
-        for image, own in zip(result, tiles, strict=True):
-            band[:, :2].zero_()  # the convolution's border
+        words = None if class_embeddings is None else class_embeddings.to(maps.dtype).T.contiguous()  # (D, Q)
+        pixels, matrix = maps.permute(0, 2, 3, 1), self._matrix()  # (B, h, w, D)
+        result = pixels.new_empty(batch, 2 * height, 2 * columns, width if words is None else words.shape[1])
+        rows = -(-height // -(-4 * width * columns * height // BAND_VALUES))  # of equal bands
+        space = pixels.new_empty(rows * columns, 4 * width)
+        band = pixels.new_empty(2 * rows + 3, 2 * columns, width)  # two rows before, one behind
+
+        def put(place: Tensor, found: Tensor) -> None:  # (n, 2w, D)
+            if words is None:
+                place.copy_(found)
+            else:
+                torch.matmul(found, words, out=place)
+
+        for image, own in zip(result, pixels, strict=True):
+            band[:2].zero_()  # the convolution's border
             for top in range(0, height, rows):
                 bottom = min(top + rows, height)
                 new, end = 2 * (bottom - top), bottom == height
-                doubled = band[0, 2 : 2 + new]
-                tile = own[top:bottom]  # (n, 2, w, 2, D)
-                torch.ops.aten.gelu.out(tile, approximate=self.activation.approximate, out=doubled.view(tile.shape))
+                doubled = band[2 : 2 + new]
+                tiles = _tiles(own[None, top:bottom], *matrix, out=space[: (bottom - top) * columns])[0]
+                torch.ops.aten.gelu.out(tiles, approximate=self.activation.approximate, out=doubled.view(tiles.shape))
                 if self.depthwise is None:
-                    image[2 * top : 2 * bottom] = doubled if factor is None else doubled * factor
+                    put(image[2 * top : 2 * bottom], doubled if factor is None else doubled * factor)
                     continue
                 if end:
-                    band[:, 2 + new :].zero_()
-                seen = band[:, 1 if top == 0 else 0 : 2 + new + end].permute(0, 3, 1, 2)
-                found = F.conv2d(seen, self.depthwise.weight, padding=(0, 1), groups=width)
-                image[max(0, 2 * top - 1) : 2 * bottom - 1 + end] = self.norm(found, factor)[0].permute(1, 2, 0)
-                band[:, :2] = band[:, new : 2 + new].clone()
+                    band[2 + new].zero_()
+                seen = band[None, 1 if top == 0 else 0 : 2 + new + end].permute(0, 3, 1, 2)
+                found = self.norm(F.conv2d(seen, self.depthwise.weight, padding=(0, 1), groups=width), factor)
+                put(image[max(0, 2 * top - 1) : 2 * bottom - 1 + end], found[0].permute(1, 2, 0))
+                band[:2] = band[new : 2 + new].clone()
         return result.permute(0, 3, 1, 2)
 
 
@@ -218,16 +246,23 @@ class AttentionRefinementModule(nn.Module):
         self.output_gain = nn.Parameter(torch.zeros(())) if config.zero_init else None
         self.refinement_scale = config.refinement_scale
 
-    def forward(self, hidden_states: Sequence[Tensor], patch_features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Compute R_v.
+    def forward(
+        self,
+        hidden_states: Sequence[Tensor],
+        patch_features: Tensor,
+        grid: tuple[int, int],
+        class_embeddings: Tensor | None = None,
+    ) -> Tensor:
+        """Compute R_v, or M_r of given words.
 
         Args:
             hidden_states: Patch tokens (without CLS) of the fusion layers, each (B, N, W) on `grid`.
             patch_features: F_d of the host after projection, (B, M, D); M may differ from N.
             grid: Patches per column and row (h, w), N = h*w.
+            class_embeddings: E_t, (Q, D). With fewer words than channels it saves memory to give them here.
 
         Returns:
-            R_v, (B, D, H', W') with H' = h * 2^blocks.
+            R_v, (B, D, H', W') with H' = h * 2^blocks; with words M_r = E_t R_v (Eq. 4), (B, Q, H', W').
         """
         states = self.fusion(hidden_states)  # F_m (B, N, D)
         memory = patch_features if self.deep_norm is None else self.deep_norm(patch_features)
@@ -239,8 +274,11 @@ class AttentionRefinementModule(nn.Module):
         factor = self._factor()
         last = len(self.scale_blocks) - 1
         for index, scale_block in enumerate(self.scale_blocks):
-            maps = scale_block(maps, factor if index == last else None)
-        return maps if last >= 0 or factor is None else maps * factor
+            maps = scale_block(maps, factor, class_embeddings) if index == last else scale_block(maps)
+        if last >= 0:
+            return maps
+        maps = maps if factor is None else maps * factor
+        return maps if class_embeddings is None else refinement_map(maps, class_embeddings)
 
     def _factor(self) -> Tensor | float | None:
         """What R_v is multiplied with."""

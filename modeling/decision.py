@@ -25,8 +25,9 @@ class QueryMaps:
 
     Attributes:
         coarse: M_c, (B, Q, h, w).
-        refinement_features: R_v, (B, D, H', W'), or None without ARM.
-        class_embeddings: E_t, (Q, D); needed with `refinement_features`.
+        refinement_features: R_v, (B, D, H', W'), or M_r, (B, Q, H', W'), if there are no `class_embeddings`; None
+            without ARM.
+        class_embeddings: E_t, (Q, D); needed with R_v.
         activation: "softmax" over queries, "sigmoid" per query, or "none".
         scale: Factor on the scores before "softmax" or "none".
         padding: What was added around the image, in pixels.
@@ -60,6 +61,8 @@ class QueryMaps:
         coarse = self.coarse[:, start:stop]
         if self.refinement_features is None:
             return coarse
+        if self.class_embeddings is None:
+            return fuse(coarse, self.refinement_features[:, start:stop])
         return fuse(coarse, refinement_map(self.refinement_features, self.class_embeddings[start:stop]))
 
     def select(self, index: slice) -> "QueryMaps":
@@ -71,6 +74,17 @@ class QueryMaps:
             refinement_features=None if features is None else features[index],
             peaks=None if self.peaks is None else self.peaks[index],
         )
+
+    def select_queries(self, queries: Sequence[int]) -> "QueryMaps":
+        """The maps of some queries."""
+        features, words, chosen = self.refinement_features, self.class_embeddings, list(queries)
+        if words is None:
+            return replace(
+                self,
+                coarse=self.coarse[:, chosen],
+                refinement_features=None if features is None else features[:, chosen],
+            )
+        return replace(self, coarse=self.coarse[:, chosen], class_embeddings=words[chosen])
 
     @classmethod
     def cat(cls, parts: Sequence["QueryMaps"]) -> "QueryMaps":

@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput, cached_file
 
-from .arm import AttentionRefinementModule, ChannelNorm, fuse, refinement_map
+from .arm import AttentionRefinementModule, ChannelNorm, fuse
 from .configuration_arm import ARMConfig
 from .decision import Decision, QueryMaps, background_queries
 from .dense_clip import DenseCLIP, DenseFeatures, segment_images
@@ -364,12 +364,18 @@ class ARMModel(PreTrainedModel):
         tau = next(given, self.dense.logit_scale)
         return tau * scores.values if as_logits else (tau * scores.values).softmax(dim=1)
 
-    def refinement_features(self, features: DenseFeatures) -> Tensor:
-        """R_v, (B, D, H', W')."""
+    def refinement_features(self, features: DenseFeatures, class_embeddings: Tensor | None = None) -> Tensor:
+        """R_v, (B, D, H', W'), or its product M_r with words, (B, Q, H', W').
+
+        Args:
+            features: Of the host.
+            class_embeddings: E_t, L2-normalised, (Q, D).
+        """
         return self.arm(
             features.hidden_patches(self.config.fusion_layers),
             features.patch_features.flatten(1, 2),
             features.trunk.grid,
+            class_embeddings,
         )
 
     def forward(
@@ -411,7 +417,7 @@ class ARMModel(PreTrainedModel):
         class_embeddings = self._check_embeddings(class_embeddings)
 
         features = self.features(pixel_values, method, method_options, class_embeddings, outside=outside)
-        refinement = refinement_map(self.refinement_features(features), class_embeddings)  # M_r (B, Q, H', W')
+        refinement = self.refinement_features(features, class_embeddings)  # M_r (B, Q, H', W')
         coarse = self.coarse_map(features, class_embeddings)
         coarse = F.interpolate(coarse, size=refinement.shape[-2:], mode="bilinear", align_corners=False)
         logits = fuse(coarse, refinement)
@@ -462,7 +468,7 @@ class ARMModel(PreTrainedModel):
         background_queries: Sequence[int] = (),
         outside: Mapping[str, Any] | None = None,
     ) -> QueryMaps:
-        """Scores of a batch, ready for `decide`; the product E_t R_v is left to the class-chunked decision.
+        """Scores of a batch, ready for `decide`; for many words E_t R_v is left to the class-chunked decision.
 
         Args:
             pixel_values: Normalised images, (B, 3, H, W).
@@ -493,13 +499,15 @@ class ARMModel(PreTrainedModel):
             class_embeddings: E_t, L2-normalised, (Q, D).
             logit_scale: tau in place of the config's and CLIP's.
         """
-        class_embeddings = self._check_embeddings(class_embeddings)
-        coarse = self.coarse_map(features, class_embeddings, logit_scale)
+        words = self._check_embeddings(class_embeddings)
+        coarse = self.coarse_map(features, words, logit_scale)
         as_logits = self.config.coarse_form == "logits"
+        # M_r is smaller than R_v when there are fewer words than channels; an exported graph has any number of words.
+        few = not torch.compiler.is_compiling() and len(words) <= self.config.hidden_size
         return QueryMaps(
             coarse,
-            self.refinement_features(features),
-            class_embeddings,
+            self.refinement_features(features, words) if few else self.refinement_features(features),
+            None if few else words,
             "softmax" if as_logits else "sigmoid",
             1.0,
             features.trunk.padding,

@@ -58,7 +58,10 @@ def evaluate(
     ] = False,
     common_input: Annotated[
         bool,
-        typer.Option("--common-input", help="Show all methods the same image and position table, in one pass, not each its paper's."),
+        typer.Option(
+            "--common-input",
+            help="Show all methods the same image and position table, in one pass, not each its paper's.",
+        ),
     ] = False,
     size: Annotated[int | None, typer.Option(help="Shorter side in place of the protocol's.")] = None,
     window: Annotated[int | None, typer.Option(help="Window in place of the protocol's; 0: the whole image.")] = None,

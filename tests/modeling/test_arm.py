@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from arm_hf.modeling.arm import AttentionRefinementModule, ScaleBlock
+from arm_hf.modeling import arm as arm_module
+from arm_hf.modeling.arm import AttentionRefinementModule, ScaleBlock, refinement_map
 from arm_hf.modeling.configuration_arm import ARMConfig
 from arm_hf.modeling.loss import segmentation_loss
 from arm_hf.modeling.modeling_arm import ARMModel
@@ -252,19 +253,22 @@ def test_scale_blocks_by_patch(patch, blocks):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
 @pytest.mark.parametrize("kind", ["eomt", "plain"])
-def test_cpu_path_of_the_scale_block_is_the_transposed_convolution(kind):
+def test_cpu_path_of_the_scale_block_is_the_transposed_convolution(kind, rows, monkeypatch):
+    monkeypatch.setattr(arm_module, "BAND_VALUES", rows * 4 * 16 * 7)
     block = ScaleBlock(16, kind)
-    maps = noise(2, 16, 5, 7)
+    maps, words = noise(2, 16, 5, 7), noise(3, 16, seed=1)
     expected = block.activation(block.upsample(maps))
     if kind == "eomt":
         expected = block.norm(block.depthwise(expected))
     for gradients in (True, False):  # two paths
         with torch.set_grad_enabled(gradients):
-            found, times_three = block(maps), block(maps, 3.0)
+            found, times_three, of_words = block(maps), block(maps, 3.0), block(maps, 3.0, words)
         assert found.shape == (2, 16, 10, 14)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, check_stride=False)
         torch.testing.assert_close(times_three, 3 * expected, atol=1e-5, rtol=1e-4, check_stride=False)
+        torch.testing.assert_close(of_words, refinement_map(times_three, words), atol=1e-5, rtol=1e-4)
 
 
 # -- Configuration ---------------------------------------------------------------------------------------------------
