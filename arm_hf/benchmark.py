@@ -225,8 +225,8 @@ def _windows(bench: Bench) -> list[Candidate]:
 
 
 def _stream_products(dense: DenseCLIP, pixels: Tensor) -> None:
-    """Of CLIPer only the unchanged blocks, and what its definition applies to every block's input on top: the value
-    and output projections of the last block (its Eq. 8). No map is kept, nothing normalised, no word looked at."""
+    """Of CLIPer only what nobody can leave out: the unchanged blocks, and for the input of every block the value and
+    output projections of the last one. No map is kept, no stream normalised or attended, no word looked at."""
     states = tuple(range(dense.tower.num_blocks))
     trunk = dense.run_trunk(pixels, TrunkRequest(states))
     attention = dense.tower.last_block.self_attn
