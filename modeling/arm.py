@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import attention_map, plain_cpu, split_heads
-from .block import add_projection
+from .block import add_projection, has_hooks
 
 BAND_VALUES = 3 * 2**19  # 6 MiB of float32: with fewer the weights are packed more often, more leave the cache
 
@@ -140,7 +140,7 @@ class ScaleBlock(nn.Module):
     def forward(
         self, maps: Tensor, factor: Tensor | float | None = None, class_embeddings: Tensor | None = None
     ) -> Tensor:
-        if plain_cpu(maps):
+        if plain_cpu(maps) and self._is_plain(maps.dtype):
             return self._by_bands(maps, factor, class_embeddings)
         if maps.device.type == "cpu":
             tiles = self.activation(_tiles(maps.permute(0, 2, 3, 1), *self._matrix()))  # (B, h, 2, w, 2, D)
@@ -152,6 +152,12 @@ class ScaleBlock(nn.Module):
         elif factor is not None:
             maps = maps * factor
         return maps if class_embeddings is None else refinement_map(maps, class_embeddings)
+
+    def _is_plain(self, dtype: torch.dtype) -> bool:
+        """Whether the parts are what this class made of them: no adapter, autocast or hook, and of the maps' type."""
+        kinds = (nn.ConvTranspose2d, nn.Conv2d, nn.GELU, ChannelNorm)
+        parts = all(type(part) in kinds and not has_hooks(part) for part in self.children())
+        return parts and self.upsample.weight.dtype == dtype and not torch.is_autocast_enabled("cpu")
 
     def _matrix(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the transposed convolution as those of a linear layer, (D, 2*2*D) and (2*2*D,)."""

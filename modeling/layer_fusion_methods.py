@@ -7,7 +7,7 @@ streams are layer-normalised inputs of the blocks; probabilities, not cosines, a
 one stream is propagated along the attention and added.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,9 @@ def balance(weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return 1 / (columns @ weights.transpose(-2, -1)), columns
 
 
-def fused_attention(total: Tensor, values: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+def fused_attention(
+    total: Tensor, values: Sequence[Tensor], out: Sequence[Tensor] | None = None
+) -> tuple[Sequence[Tensor], Tensor]:
     """CLIPer's attention of one image: summed maps, normalised once more for every stream, applied to its values.
 
     The map of a stream is relu(S - column mean of S) with rows divided by their sums, S the symmetric half of the
@@ -125,13 +127,14 @@ def fused_attention(total: Tensor, values: Sequence[Tensor]) -> tuple[list[Tenso
     Args:
         total: W, (heads, L, L) float32.
         values: Of every stream, (heads, L, d).
+        out: Where the result goes, of the same shapes; may be the values themselves. By default new memory.
 
     Returns:
         Attended values of every stream, (heads, L, d), and the map of the last averaged over heads, (L, L).
     """
     num_streams, num_heads, length = len(values), *values[0].shape[:2]
     dtype = values[0].dtype
-    attended, mean = [torch.empty_like(value) for value in values], torch.zeros_like(total[0])
+    attended, mean = out or [torch.empty_like(value) for value in values], torch.zeros_like(total[0])
     groups, parts = row_blocks(num_heads, length)
     space = block_space(values[0])[0].float() if plain_cpu(values[0]) else None
     for maps in groups:
@@ -176,32 +179,37 @@ class Cliper(Method):
         early = tuple(range(num_blocks - 1))
         return TrunkRequest(tuple(range(num_blocks)), position_rule=settings.position_rule, map_sums=(early,))
 
-    def streams(self, context: MethodContext) -> list[Tensor]:
+    def streams(self, context: MethodContext) -> Iterator[Tensor]:
         """Inputs of the last block, one per block: ln_1^i(F_i) for i < n-1, and the raw F_{n-1}, each (B, L, W)."""
         states, blocks = context.trunk.hidden_states, context.tower.blocks
         last = context.tower.num_blocks - 1
-        return [blocks[index].layer_norm1(states[index]) for index in range(last)] + [states[last]]
+        for index in range(last):
+            yield blocks[index].layer_norm1(states[index])
+        yield states[last]
 
     def stream_features(self, context: MethodContext, settings: CliperSettings) -> tuple[Tensor, Tensor]:
         """Projected features of every stream, (S, B, L, D), and the attention used last, mean of heads, (B, L, L)."""
         block, tower = context.tower.last_block, context.tower
         attention = block.self_attn
-        normed = [block.layer_norm1(stream) for stream in self.streams(context)]  # S of (B, L, W)
-        values = [split_heads(attention.v_proj(stream), attention.num_heads) for stream in normed]
+        # Stream by stream: tensors of all of them at once would be new memory at every step.
+        normed = (block.layer_norm1(stream) for stream in self.streams(context))  # each (B, L, W)
+        attended, weights = [], context.trunk.last_input
         if settings.attention == "fused":
-            total = context.trunk.map_sums[tuple(range(len(normed) - 1))]
-            images = [fused_attention(*pair) for pair in zip(total, zip(*values, strict=True), strict=True)]
-            streams = zip(*(attended for attended, _ in images), strict=True)
-            tokens = [torch.cat([merge_heads(image[None]) for image in stream]) for stream in streams]  # (B, L, W)
+            values = [split_heads(attention.v_proj(stream), attention.num_heads) for stream in normed]
+            total = context.trunk.map_sums[tuple(range(len(values) - 1))]
+            attended = [torch.empty_like(value) for value in values] if torch.is_grad_enabled() else values
+            images = [
+                fused_attention(total[image], [each[image] for each in values], [each[image] for each in attended])
+                for image in range(len(total))
+            ]
             weights = torch.stack([mean for _, mean in images])
         else:
-            tokens, weights = [], values[0]
-            for stream, value in zip(normed, values, strict=True):
+            for stream in normed:
+                value = split_heads(attention.v_proj(stream), attention.num_heads)
                 weights = self._own_attention(attention, stream, value, settings.attention)
-                tokens.append(merge_heads(weights.to(value.dtype) @ value))
+                attended.append(weights.to(value.dtype) @ value)
             weights = weights.float().mean(dim=1)
-        # Stream by stream: tensors of all of them at once would be new memory at every step.
-        return torch.stack([tower.project(attention.out_proj(each)) for each in tokens]), weights
+        return torch.stack([tower.project(attention.out_proj(merge_heads(each))) for each in attended]), weights
 
     @staticmethod
     def _own_attention(attention: Any, normed: Tensor, value: Tensor, kind: str) -> Tensor:

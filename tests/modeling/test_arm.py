@@ -386,6 +386,20 @@ class TestComputation:
         cosine = F.cosine_similarity(exact.refinement_map.flatten(), half.refinement_map.float().flatten(), dim=0)
         assert cosine > 0.99
 
+    def test_autocast_and_hooks_get_their_calls_without_gradients(self, arm, pixels, words):
+        seen = []
+        with torch.no_grad():
+            exact = arm(pixels, class_embeddings=words)
+            with torch.autocast("cpu", torch.bfloat16):
+                half = arm(pixels, class_embeddings=words)
+            parts = (arm.arm.scale_blocks[0].depthwise, arm.arm.self_attention[0].attention.out_proj)
+            for part in parts:
+                part.register_forward_hook(lambda module, *_: seen.append(module))
+            watched = arm(pixels, class_embeddings=words)
+        torch.testing.assert_close(half.logits.float(), exact.logits, atol=0.1, rtol=0.1)
+        assert [id(part) for part in seen] == [id(parts[1]), id(parts[0])]
+        torch.testing.assert_close(watched.logits, exact.logits, atol=1e-5, rtol=1e-5)
+
     def test_autocast_trains(self, arm, pixels, words):
         arm.train()
         with torch.autocast("cpu", torch.bfloat16):
