@@ -153,6 +153,15 @@ class ScaleBlock(nn.Module):
             maps = maps * factor
         return maps if class_embeddings is None else refinement_map(maps, class_embeddings)
 
+    def train(self, mode: bool = True) -> "ScaleBlock":
+        """As every module's; it is called after loading, and puts the channels of the kernel last in memory.
+
+        There `_matrix` is a view. Values and saved files do not change.
+        """
+        if not torch.is_inference_mode_enabled():
+            self.upsample.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return super().train(mode)
+
     def _is_plain(self, dtype: torch.dtype) -> bool:
         """Whether the parts are what this class made of them: no adapter, autocast or hook, and of the maps' type."""
         kinds = (nn.ConvTranspose2d, nn.Conv2d, nn.GELU, ChannelNorm)
