@@ -22,7 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention import attention_map, plain_cpu, split_heads
 from .block import add_projection, has_hooks
 
-BAND_VALUES = 3 * 2**19  # 6 MiB of float32: with fewer the weights are packed more often, more leave the cache
+BAND_VALUES = 3 * 2**18  # 3 MiB of float32, which stay in the cache
+PRODUCT_BANDS = 2  # that share a product, for whose weights to be packed less often
 
 
 def _eager_attention(
@@ -183,7 +184,8 @@ class ScaleBlock(nn.Module):
         pixels, matrix = maps.permute(0, 2, 3, 1), self._matrix()  # (B, h, w, D)
         result = pixels.new_empty(batch, 2 * height, 2 * columns, width if words is None else words.shape[1])
         rows = -(-height // -(-4 * width * columns * height // BAND_VALUES))  # of equal bands
-        space = pixels.new_empty(rows * columns, 4 * width)
+        many = min(height, PRODUCT_BANDS * rows)
+        space = pixels.new_empty(many * columns, 4 * width)
         band = pixels.new_empty(2 * rows + 3, 2 * columns, width)  # two rows before, one behind
 
         def put(place: Tensor, found: Tensor) -> None:  # (n, 2w, D)
@@ -198,8 +200,11 @@ class ScaleBlock(nn.Module):
                 bottom = min(top + rows, height)
                 new, end = 2 * (bottom - top), bottom == height
                 doubled = band[2 : 2 + new]
-                tiles = _tiles(own[None, top:bottom], *matrix, out=space[: (bottom - top) * columns])[0]
-                torch.ops.aten.gelu.out(tiles, approximate=self.activation.approximate, out=doubled.view(tiles.shape))
+                if top % many == 0:
+                    some = own[None, top : top + many]
+                    tiles = _tiles(some, *matrix, out=space[: some.shape[1] * columns])[0]  # (n, 2, w, 2, D)
+                tile = tiles[top % many : top % many + bottom - top]
+                torch.ops.aten.gelu.out(tile, approximate=self.activation.approximate, out=doubled.view(tile.shape))
                 if self.depthwise is None:
                     put(image[2 * top : 2 * bottom], doubled if factor is None else doubled * factor)
                     continue

@@ -88,6 +88,30 @@ def test_floors_follow_what_the_target_bounds():
     assert 0 < added.floor < ratio.floor < over.floor
 
 
+def test_what_is_needed_is_a_floor_too():
+    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    run = lambda: a @ b  # noqa: E731
+    needed = Candidate("needed", run, target=1.0, needed=lambda: [run() for _ in range(8)])
+    bare, held = measure(run, [Candidate("bare", run, target=1.0), needed], "x", rounds=5)
+    assert held.floor > 3 > 1.5 > bare.floor
+
+
+def test_a_candidate_may_go_on_from_its_host():
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def host():
+        return [a @ b for _ in range(20)]
+
+    def rest(found):
+        seen.append(len(found))
+        return found[0] @ b
+
+    (row,) = measure(host, [Candidate("x", rest, host, 1.0, "added", continues=True)], "x", rounds=5)
+    assert set(seen) == {20} and row.flops_added == 0.05 and row.flops_ratio == 1.05
+    assert 0 < row.added < 0.5 < row.ratio and row.over > 1
+
+
 @pytest.mark.parametrize(
     ("row", "verdict"),
     [

@@ -188,6 +188,15 @@ class TestDirections:
         assert arm.refinement_features(features).shape == (2, 64, 16, 24)
 
     @torch.no_grad()
+    @pytest.mark.parametrize("count", [1, 64, 65])
+    def test_few_words_and_many_words_are_refined_alike(self, arm, pixels, count):
+        words = noise(count, 64, seed=count)
+        maps = arm.query_maps(pixels, words)
+        assert (maps.class_embeddings is None) == (count <= 64)  # up to D words M_r is the smaller one
+        expected = arm(pixels, class_embeddings=words).logits
+        torch.testing.assert_close(maps.chunk(), expected, atol=1e-5, rtol=1e-4)
+
+    @torch.no_grad()
     def test_class_embeddings_are_normalised(self, arm, pixels, words):
         plain, long = (arm(pixels, class_embeddings=factor * words).logits for factor in (1.0, 7.5))
         torch.testing.assert_close(plain, long)

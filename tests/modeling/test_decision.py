@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from arm_hf.modeling.arm import refinement_map
 from arm_hf.modeling.decision import QueryMaps, decide, window_boxes
 from arm_hf.modeling.dense_clip import DenseCLIP, segment_images
 from arm_hf.modeling.trunk import Padding
@@ -192,6 +193,20 @@ class TestDecision:
         assert torch.equal(whole.labels, chunked.labels)
         torch.testing.assert_close(whole.confidence, chunked.confidence)
         torch.testing.assert_close(whole.class_scores, chunked.class_scores)
+
+    @pytest.mark.parametrize("refined", ["not at all", "by features", "by maps"])
+    def test_queries_are_selected_with_their_refinement(self, refined):
+        features, words = noise(1, 5, 8, 12, seed=1), noise(4, 5, seed=2)
+        by = {
+            "not at all": (None, None),
+            "by features": (features, words),
+            "by maps": (refinement_map(features, words), None),
+        }
+        maps = QueryMaps(noise(1, 4, 2, 3), *by[refined], "sigmoid", 1.0, Padding(), (32, 48))
+        chosen = maps.select_queries([3, 1])
+        assert chosen.num_queries == 2
+        torch.testing.assert_close(chosen.chunk(), maps.chunk()[:, [3, 1]])
+        torch.testing.assert_close(maps.chunk(1, 3), maps.chunk()[:, 1:3])
 
     def test_refinement_is_added_before_the_upsampling(self):
         coarse, features, words = noise(1, 4, 2, 3), noise(1, 5, 8, 12, seed=1), noise(4, 5, seed=2)
