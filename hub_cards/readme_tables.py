@@ -39,7 +39,7 @@ BOUND_UNITS = {"ratio": "x plain", "added": "x plain added", "over": "x one by o
 
 
 def speed_table(record: Mapping[str, Any] | None) -> str:
-    """What `arm-hf benchmark` measured where, and every row that has a target, as Markdown.
+    """What `arm-hf benchmark` measured where, every row that has a target and all of "together", as Markdown.
 
     Args:
         record: Its benchmark.json, or None while there is none.
@@ -54,15 +54,15 @@ def speed_table(record: Mapping[str, Any] | None) -> str:
         "|---|---:|---:|---:|---:|---|",
     ]
     for row in record["rows"]:
-        if row["target"] is None:
+        if row["target"] is None and row["section"] != "together":
             continue
         bound, digits = row["bound"], 0 if row["bound"] == "mib" else 2
         unit = BOUND_UNITS[bound]
         alone = row.get({"ratio": "flops_ratio", "added": "flops_added", "over": "flops_over"}.get(bound, ""))
+        target = "-" if row["target"] is None else f"{row['target']:g}"
         counted, floor = ("-" if value is None else f"{value:.2f}" for value in (alone, row.get("floor")))
         lines.append(
-            f"| {row['name']} | {row['value']:.{digits}f} {unit} | {counted} | {floor} | {row['target']:g} | "
-            f"{row['verdict']} |"
+            f"| {row['name']} | {row['value']:.{digits}f} {unit} | {counted} | {floor} | {target} | {row['verdict']} |"
         )
     return "\n".join(lines)
 

@@ -160,7 +160,7 @@ class ScaleBlock(nn.Module):
         There `_matrix` is a view. Values and saved files do not change.
         """
         if not torch.is_inference_mode_enabled():
-            self.upsample.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.upsample.to(memory_format=torch.channels_last)
         return super().train(mode)
 
     def _is_plain(self, dtype: torch.dtype) -> bool:
@@ -213,7 +213,7 @@ class ScaleBlock(nn.Module):
                 seen = band[None, 1 if top == 0 else 0 : 2 + new + end].permute(0, 3, 1, 2)
                 found = self.norm(F.conv2d(seen, self.depthwise.weight, padding=(0, 1), groups=width), factor)
                 put(image[max(0, 2 * top - 1) : 2 * bottom - 1 + end], found[0].permute(1, 2, 0))
-                band[:2] = band[new : 2 + new].clone()
+                band[:2] = band[new : 2 + new]
         return result.permute(0, 3, 1, 2)
 
 

@@ -41,6 +41,7 @@ def test_the_page_on_what_arm_adds_is_up_to_date() -> None:
 def test_a_row_of_the_guide_on_speed() -> None:
     row = {
         "name": "gem + ARM",
+        "section": "arm",
         "target": 0.16,
         "value": 0.17,
         "verdict": "missed",
@@ -48,10 +49,13 @@ def test_a_row_of_the_guide_on_speed() -> None:
         "flops_added": 0.146,
         "floor": 0.131,
     }
-    record = {"setting": {"rounds": 7}, "machine": {"threads": 2}, "rows": [row, {"name": "plain", "target": None}]}
+    free = {"name": "plain", "section": "methods", "target": None}
+    together = {**free, "name": "all", "section": "together", "value": 4.1, "verdict": "", "bound": "ratio"}
+    record = {"setting": {"rounds": 7}, "machine": {"threads": 2}, "rows": [row, free, together]}
     lines = speed_table(record).splitlines()
-    assert lines[0] == "rounds 7, threads 2." and len(lines) == 5
-    assert lines[-1] == "| gem + ARM | 0.17 x plain added | 0.15 | 0.13 | 0.16 | missed |"
+    assert lines[0] == "rounds 7, threads 2." and len(lines) == 6
+    assert lines[-2] == "| gem + ARM | 0.17 x plain added | 0.15 | 0.13 | 0.16 | missed |"
+    assert lines[-1] == "| all | 4.10 x plain | - | - | - |  |"
 
 
 def test_only_what_stands_between_the_markers_changes() -> None:
