@@ -14,7 +14,7 @@ import numpy as np
 
 from arm_hf.folders import atomic_path
 from arm_hf.metrics import ConfusionMatrix
-from arm_hf.onnx_runner import IMAGE_GRAPH, OnnxSegmenter
+from arm_hf.onnx_runner import IMAGE_GRAPH, OnnxSegmenter, int8_name
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def save_quality(folder: str | os.PathLike, data: Any, qualities: Mapping[str, Q
         data: What was measured on.
         qualities: From `compare_weights`.
     """
-    graphs = {"float32": IMAGE_GRAPH, "int8": IMAGE_GRAPH.replace(".onnx", ".int8.onnx")}
+    graphs = {"float32": IMAGE_GRAPH, "int8": int8_name(IMAGE_GRAPH)}
     record = {
         "data": data.name,
         "split": data.split,

@@ -310,7 +310,7 @@ def quantise(out: Path) -> list[Exported]:
 
     written = []
     for name in (onnx_runner.IMAGE_GRAPH, onnx_runner.TEXT_GRAPH):
-        path = out / name.replace(".onnx", ".int8.onnx")
+        path = out / onnx_runner.int8_name(name)
         model = onnx.load(out / name)
         del model.graph.value_info[:]  # shapes from before the exporter's own folding, which onnx finds contradictory
         _quietly(

@@ -310,11 +310,10 @@ def _run(candidate: Candidate, seconds: Callable[[Callable[[], Any]], float]) ->
     """Time of the host, if there is one, and of the candidate."""
     if candidate.host is None:
         return None, seconds(candidate.run)
+    if not candidate.continues:
+        return seconds(candidate.host), seconds(candidate.run)
     found, run_host = [], candidate.host
     host = seconds(lambda: found.append(run_host()))
-    if not candidate.continues:
-        found.clear()
-        return host, seconds(candidate.run)
     return host, host + seconds(lambda: candidate.run(found[0]))
 
 

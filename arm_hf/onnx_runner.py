@@ -21,6 +21,11 @@ from PIL import Image, ImageOps
 IMAGE_GRAPH, TEXT_GRAPH, SETTINGS = "image.onnx", "text.onnx", "export.json"
 
 
+def int8_name(graph: str) -> str:
+    """File of a graph's variant with 8-bit weights."""
+    return graph.replace(".onnx", ".int8.onnx")
+
+
 @dataclass
 class Segmented:
     """A label map.
@@ -61,7 +66,7 @@ class OnnxSegmenter:
         options = onnxruntime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
-        names = [name.replace(".onnx", ".int8.onnx") if int8 else name for name in (IMAGE_GRAPH, TEXT_GRAPH)]
+        names = [int8_name(name) if int8 else name for name in (IMAGE_GRAPH, TEXT_GRAPH)]
         self.image_graph, self.text_graph = (
             onnxruntime.InferenceSession(folder / name, options, providers=list(providers)) for name in names
         )

@@ -152,7 +152,7 @@ def exponentials(query: Tensor, key: Tensor, space: Tensor) -> tuple[Tensor, Ten
     return weights, sums.reciprocal_()
 
 
-def attend_by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, totals: Sequence[Tensor] = ()) -> Tensor:
+def attend_and_add(query: Tensor, key: Tensor, value: Tensor, scale: float, totals: Sequence[Tensor]) -> Tensor:
     """Softmax(scale * query key^T) value, block by block; the maps are added to `totals`. Without gradients.
 
     Args:

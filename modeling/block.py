@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import QuickGELUActivation
 
-from .attention import attend, attend_by_blocks, attention_map, merge_heads, plain_cpu, project_heads
+from .attention import attend, attend_and_add, attention_map, merge_heads, plain_cpu, project_heads
 
 QUICK_GELU = 1.702  # x sigmoid(1.702 x), of CLIP's authors
 
@@ -82,7 +82,7 @@ def run_block(
         hidden: Block input, (B, L, W).
         return_map: Whether the softmaxed map is needed.
         return_heads: Whether the projections are needed.
-        totals: Sums of maps to which this block's is added in place, where no map is returned (see `attend_by_blocks`).
+        totals: Sums of maps to which this block's is added in place, where no map is returned (see `attend_and_add`).
 
     Returns:
         Block output (B, L, W); the map (B, heads, L, L) or None; q, k, v, each (B, heads, L, d), or None.
@@ -96,7 +96,7 @@ def run_block(
     if weights is not None:
         attended = weights @ value
     elif totals:
-        attended = attend_by_blocks(query, key, value, scale, totals)
+        attended = attend_and_add(query, key, value, scale, totals)
     else:
         attended = attend(query, key, value, scale)
     hidden = feed_forward(block, add_projection(hidden, block.self_attn.out_proj, merge_heads(attended)))

@@ -506,7 +506,7 @@ class ARMModel(PreTrainedModel):
         few = not torch.compiler.is_compiling() and len(words) <= self.config.hidden_size
         return QueryMaps(
             coarse,
-            self.refinement_features(features, words) if few else self.refinement_features(features),
+            self.refinement_features(features, words if few else None),
             None if few else words,
             "softmax" if as_logits else "sigmoid",
             1.0,

@@ -22,7 +22,7 @@ def test_maps_of_any_height_are_added(shift, dtype, monkeypatch):
     query[1, ..., 0], key[1, ..., 0] = 4.0, shift / 2
     totals = [torch.ones(2, 4, 9, 9), torch.zeros(2, 4, 9, 9)]
     expected = ((query * 0.5) @ key.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32)
-    found = attention.attend_by_blocks(query, key, value, 0.5, totals)
+    found = attention.attend_and_add(query, key, value, 0.5, totals)
     close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
     torch.testing.assert_close(found, expected.to(dtype) @ value, **close)
     torch.testing.assert_close(totals[0] - 1, expected, **close)
