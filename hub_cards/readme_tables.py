@@ -129,23 +129,21 @@ def main() -> None:
     parser.add_argument("--ablations", type=Path, default=HERE / "results", help="folder of evidence-fair.json, ...")
     arguments = parser.parse_args()
     measured = read_json(arguments.results, "training/pretrain_mini.py --results")
-    text = arguments.readme.read_text(encoding="utf-8")
-    filled = fill(text, {"methods": methods_table(), "results": results_table(measured)})
-    arguments.readme.write_text(filled, encoding="utf-8")
-    speed = speed_table(read_json(arguments.benchmark, "make bench") if arguments.benchmark.is_file() else None)
-    text = arguments.speed.read_text(encoding="utf-8")
-    arguments.speed.write_text(fill(text, {"speed": speed}), encoding="utf-8")
-    table = int8_table(read_json(arguments.int8, "arm-hf export --int8 --measure-on"))
-    text = arguments.export.read_text(encoding="utf-8")
-    arguments.export.write_text(fill(text, {"int8": table}), encoding="utf-8")
+    speed = read_json(arguments.benchmark, "make bench") if arguments.benchmark.is_file() else None
     files = {base: arguments.ablations / f"evidence-{base}.json" for base in ("fair", "ablations", "strong")}
-    tables = {
+    evidence = {
         base: evidence_tables(read_json(path, "training/ablate.py") if path.is_file() else None)
         for base, path in files.items()
     }
-    text = arguments.evidence.read_text(encoding="utf-8")
-    arguments.evidence.write_text(fill(text, tables), encoding="utf-8")
-    print(f"Written: {arguments.readme}, {arguments.speed}, {arguments.export}, {arguments.evidence}")
+    pages = {
+        arguments.readme: {"methods": methods_table(), "results": results_table(measured)},
+        arguments.speed: {"speed": speed_table(speed)},
+        arguments.export: {"int8": int8_table(read_json(arguments.int8, "arm-hf export --int8 --measure-on"))},
+        arguments.evidence: evidence,
+    }
+    for page, tables in pages.items():
+        page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    print(f"Written: {', '.join(map(str, pages))}")
 
 
 if __name__ == "__main__":
