@@ -144,7 +144,8 @@ class ScaleBlock(nn.Module):
         if plain_cpu(maps) and self._is_plain(maps.dtype):
             return self._by_bands(maps, factor, class_embeddings)
         if maps.device.type == "cpu":
-            tiles = self.activation(_tiles(maps.permute(0, 2, 3, 1), *self._matrix()))  # (B, h, 2, w, 2, D)
+            matrix, bias = self._matrix()
+            tiles = self.activation(_tiles(maps.permute(0, 2, 3, 1), matrix).add_(bias))  # (B, h, 2, w, 2, D)
             maps = tiles.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
         else:
             maps = self.activation(self.upsample(maps))
@@ -170,9 +171,9 @@ class ScaleBlock(nn.Module):
         return parts and self.upsample.weight.dtype == dtype and not torch.is_autocast_enabled("cpu")
 
     def _matrix(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the transposed convolution as those of a linear layer, (D, 2*2*D) and (2*2*D,)."""
+        """Weight of the transposed convolution as that of a linear layer, (D, 2*2*D), and its bias, (D,)."""
         assert self.upsample.bias is not None
-        return self.upsample.weight.permute(0, 2, 3, 1).flatten(1), self.upsample.bias.repeat(4)
+        return self.upsample.weight.permute(0, 2, 3, 1).flatten(1), self.upsample.bias
 
     def _by_bands(self, maps: Tensor, factor: Tensor | float | None, class_embeddings: Tensor | None) -> Tensor:
         """The same on the CPU without gradients, band by band: what is not yet the result stays in the cache.
@@ -180,8 +181,8 @@ class ScaleBlock(nn.Module):
         The depthwise convolution sees one row more on either side, so its rows follow one behind.
         """
         batch, width, height, columns = maps.shape
-        words = None if class_embeddings is None else class_embeddings.to(maps.dtype).T.contiguous()  # (D, Q)
-        pixels, matrix = maps.permute(0, 2, 3, 1), self._matrix()  # (B, h, w, D)
+        words = None if class_embeddings is None else class_embeddings.to(maps.dtype).T  # (D, Q)
+        pixels, (matrix, bias) = maps.permute(0, 2, 3, 1), self._matrix()  # (B, h, w, D)
         result = pixels.new_empty(batch, 2 * height, 2 * columns, width if words is None else words.shape[1])
         rows = -(-height // -(-4 * width * columns * height // BAND_VALUES))  # of equal bands
         many = min(height, PRODUCT_BANDS * rows)
@@ -202,9 +203,10 @@ class ScaleBlock(nn.Module):
                 doubled = band[2 : 2 + new]
                 if top % many == 0:
                     some = own[None, top : top + many]
-                    tiles = _tiles(some, *matrix, out=space[: some.shape[1] * columns])[0]  # (n, 2, w, 2, D)
+                    tiles = _tiles(some, matrix, out=space[: some.shape[1] * columns])[0]  # (n, 2, w, 2, D)
                 tile = tiles[top % many : top % many + bottom - top]
-                torch.ops.aten.gelu.out(tile, approximate=self.activation.approximate, out=doubled.view(tile.shape))
+                place = torch.add(tile, bias, out=doubled.view(tile.shape))  # here faster than in the product
+                torch.ops.aten.gelu.out(place, approximate=self.activation.approximate, out=place)
                 if self.depthwise is None:
                     put(image[2 * top : 2 * bottom], doubled if factor is None else doubled * factor)
                     continue
@@ -217,13 +219,13 @@ class ScaleBlock(nn.Module):
         return result.permute(0, 3, 1, 2)
 
 
-def _tiles(pixels: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """Transposed convolution: (B, h, w, D) -> (B, h, 2, w, 2, D), a view in which rows and columns lie doubled.
+def _tiles(pixels: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Transposed convolution without bias: (B, h, w, D) -> (B, h, 2, w, 2, D), a view; rows and columns lie doubled.
 
     With stride 2 its 2x2 kernel has no overlap, so it is one product per pixel, several times faster on the CPU than
     the general kernel.
     """
-    products = torch.addmm(bias, pixels.reshape(-1, pixels.shape[-1]), weight, out=out)
+    products = torch.mm(pixels.reshape(-1, pixels.shape[-1]), weight, out=out)
     return products.view(*pixels.shape[:3], 2, 2, -1).transpose(2, 3)
 
 

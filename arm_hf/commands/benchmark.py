@@ -28,7 +28,10 @@ def benchmark(
     width: Annotated[int, typer.Option(help="Width of the images in pixels.")] = 448,
     batch: Annotated[int, typer.Option(help="Images per call.")] = 1,
     words: Annotated[int, typer.Option(help="Number of classes.")] = 21,
-    rounds: Annotated[int, typer.Option(help="Times that each candidate is run, each after a plain forward.")] = 7,
+    rounds: Annotated[
+        int,
+        typer.Option(help="Times that each candidate is run, each after a plain forward; those of arm twice as often."),
+    ] = 7,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU.  [default: torch's own]")] = None,
