@@ -400,9 +400,7 @@ def run_sections(
             bench.left_out[section] = str(error).strip().splitlines()[0]
             continue
         runs = rounds * MORE_ROUNDS.get(section, 1)
-        with tqdm(
-            total=runs * len(candidates), disable=not progress, unit="run", desc=section, file=sys.stderr
-        ) as bar:
+        with tqdm(total=runs * len(candidates), disable=not progress, unit="run", desc=section, file=sys.stderr) as bar:
             yield measure(bench.reference, candidates, section, runs, device, clock, bar, bench.pixels.dtype)
 
 
