@@ -33,7 +33,6 @@ from arm_hf.modeling.trunk import COMMON_POSITION_RULE, Padding, TrunkRequest
 
 SECTIONS = ("methods", "arm", "windows", "pamr", "together", "memory", "bf16", "compile")
 OPT_IN = ("bf16", "compile")
-MORE_ROUNDS = {"arm": 2}  # times those of the others: what is bounded there is small beside what it rides on
 
 # Width, blocks, heads, patch, image size, projection width of the CLIPs that the papers use.
 SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
@@ -377,7 +376,7 @@ def run_sections(
     Args:
         bench: Model, image and words.
         sections: Which of `SECTIONS`.
-        rounds: Times that each candidate is run, in `MORE_ROUNDS` a multiple of that.
+        rounds: Times that each candidate is run, see `measure`.
         device: Where the model is.
         clock: See `measure`.
         progress: Show a bar for every section.
@@ -399,16 +398,18 @@ def run_sections(
         except (ImportError, ValueError, RuntimeError) as error:  # no compiler, a type that an operator lacks
             bench.left_out[section] = str(error).strip().splitlines()[0]
             continue
-        runs = rounds * MORE_ROUNDS.get(section, 1)
-        with tqdm(total=runs * len(candidates), disable=not progress, unit="run", desc=section, file=sys.stderr) as bar:
-            yield measure(bench.reference, candidates, section, runs, device, clock, bar, bench.pixels.dtype)
+        with tqdm(
+            total=rounds * len(candidates), disable=not progress, unit="run", desc=section, file=sys.stderr
+        ) as bar:
+            yield measure(bench.reference, candidates, section, rounds, device, clock, bar, bench.pixels.dtype)
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, with what every target says and whether it is kept."""
     lines = [
-        "| | ms | x plain (quartiles) | FLOPs x plain | added | FLOPs added | over | peak MiB | floor | target | |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| | ms | x plain (quartiles) | FLOPs x plain | added | FLOPs added | over | peak MiB | rounds | floor | target "
+        "| |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})"
@@ -423,6 +424,7 @@ def markdown(rows: Sequence[Row]) -> str:
             _cell(row.flops_added, "+.2f"),
             _cell(row.over, ".2f"),
             _cell(row.peak_mib, ".0f"),
+            _cell(row.rounds, "d"),
             _cell(row.floor, ".2f"),
             target,
             remarks,

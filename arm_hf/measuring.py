@@ -28,6 +28,8 @@ from arm_hf.floors import Bare, Work, count_work
 
 BOUNDS = ("ratio", "added", "over", "mib")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOSE = 0.1  # share of a target by which the median of a few rounds may be off on a busy machine
+MORE_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Row:
         flops_added, flops_over: What the host's leave of it, like `added` and `over`.
         floor: Least that the bounded value can be on this machine, see `floors`; None where nothing is bounded.
         peak_mib: Greatest size of all tensors made during one run, or what a process of its own grew by.
+        rounds: Number of measurements.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Row:
     flops_over: float | None = None
     floor: float | None = None
     peak_mib: float | None = None
+    rounds: int | None = None
     target: float | None = None
     bound: str = "ratio"
     note: str = ""
@@ -228,7 +232,8 @@ def measure(
         reference: What all times are divided by.
         candidates: What to measure; each has run once already.
         section: Name of the section.
-        rounds: Times that each is run after the reference.
+        rounds: Times that each is run after the reference. A candidate whose median is then close to its target is
+            run `MORE_ROUNDS` times as often again.
         device: Where they run.
         clock: "wall", or "cpu" for the processor's time, which other processes disturb less; only with one thread.
         progress: A bar with `update` and `set_postfix_str`, updated once for every run of a candidate.
@@ -254,6 +259,22 @@ def measure(
 
     times: dict[str, list[tuple[float, float, float | None]]] = {candidate.name: [] for candidate in candidates}
     floors: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
+
+    def once_each(some: Sequence[Candidate]) -> None:
+        for candidate in some:
+            if progress is not None:
+                progress.set_postfix_str(candidate.name[:40], refresh=False)
+            base = seconds(reference)
+            host, own = _run(candidate, seconds)
+            times[candidate.name].append((base, own, host))
+            if candidate.target is not None:
+                least = bare.speed(seconds)
+                bound = _floor(candidate, counts[candidate.name], hosts[candidate.name], least, base, host)
+                needed = 0.0 if candidate.needed is None else seconds(candidate.needed) / base
+                floors[candidate.name].append(max(bound, needed))
+            if progress is not None:
+                progress.update()
+
     with torch.inference_mode():
         bare = Bare(device, dtype)
         plain = max(1, count_work(reference).flops)
@@ -261,23 +282,16 @@ def measure(
         hosts = {each.name: None if each.host is None else count_work(each.host) for each in candidates}
         memory = {each.name: measure_memory(each.once, device) for each in candidates}
         for _ in range(rounds):
-            for candidate in candidates:
-                if progress is not None:
-                    progress.set_postfix_str(candidate.name[:40], refresh=False)
-                base = seconds(reference)
-                host, own = _run(candidate, seconds)
-                times[candidate.name].append((base, own, host))
-                if candidate.target is not None:
-                    least = bare.speed(seconds)
-                    bound = _floor(candidate, counts[candidate.name], hosts[candidate.name], least, base, host)
-                    needed = 0.0 if candidate.needed is None else seconds(candidate.needed) / base
-                    floors[candidate.name].append(max(bound, needed))
-                if progress is not None:
-                    progress.update()
+            once_each(candidates)
+        close = [each for each in candidates if _is_close(each, times[each.name])]
+        if progress is not None:
+            progress.total += MORE_ROUNDS * rounds * len(close)
+        for _ in range(MORE_ROUNDS * rounds):
+            once_each(close)
     rows = []
     for candidate in candidates:
         measured = times[candidate.name]
-        ratios = [own / base for base, own, _ in measured]
+        ratios, added, over = (_values(measured, bound) for bound in ("ratio", "added", "over"))
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         flops, host_work = counts[candidate.name].flops, hosts[candidate.name]
         under = None if host_work is None else host_work.flops
@@ -290,14 +304,15 @@ def measure(
                 low=round(low, 3),
                 high=round(high, 3),
                 least=round(min(ratios), 3),
-                added=_median((own - host) / base for base, own, host in measured if host is not None),
-                over=_median(own / host for _, own, host in measured if host is not None),
+                added=_median(added),
+                over=_median(over),
                 giga_flops=round(flops / 1e9, 3),
                 flops_ratio=round(flops / plain, 3),
                 flops_added=None if under is None else round((flops - under) / plain, 3),
                 flops_over=None if under is None else round(flops / max(1, under), 3),
                 floor=_median(floors[candidate.name]),
                 peak_mib=round(memory[candidate.name] / 2**20, 1),
+                rounds=len(measured),
                 target=candidate.target,
                 bound=candidate.bound,
                 note=candidate.note,
@@ -315,6 +330,20 @@ def _run(candidate: Candidate, seconds: Callable[[Callable[[], Any]], float]) ->
     found, run_host = [], candidate.host
     host = seconds(lambda: found.append(run_host()))
     return host, host + seconds(lambda: candidate.run(found[0]))
+
+
+def _values(measured: Sequence[tuple[float, float, float | None]], bound: str) -> list[float]:
+    """What a bound bounds, of every round's times of reference, candidate and host."""
+    if bound == "ratio":
+        return [own / base for base, own, _ in measured]
+    pairs = [(base, own, host) for base, own, host in measured if host is not None]
+    return [own / host if bound == "over" else (own - host) / base for base, own, host in pairs]
+
+
+def _is_close(candidate: Candidate, measured: Sequence[tuple[float, float, float | None]]) -> bool:
+    """Whether the rounds so far, whichever side they are on, are too few to tell the target from the median."""
+    middle = _median(_values(measured, candidate.bound))
+    return candidate.target is not None and middle is not None and abs(middle / candidate.target - 1) < CLOSE
 
 
 def _floor(

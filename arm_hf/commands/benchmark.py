@@ -30,7 +30,9 @@ def benchmark(
     words: Annotated[int, typer.Option(help="Number of classes.")] = 21,
     rounds: Annotated[
         int,
-        typer.Option(help="Times that each candidate is run, each after a plain forward; those of arm twice as often."),
+        typer.Option(
+            help="Times that each candidate is run, each after a plain forward; thrice that close to its target."
+        ),
     ] = 7,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",

@@ -1,5 +1,6 @@
 """What the benchmark counts and says, and a loose bound on what the methods cost."""
 
+import itertools
 import json
 import statistics
 import time
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from arm_hf import benchmark
+from arm_hf import benchmark, measuring
 from arm_hf.benchmark import Bench, build_clip, eager_copy, markdown, report, run_sections
 from arm_hf.floors import Bare, Work, count_work
 from arm_hf.measuring import Candidate, PeakMemory, Row, measure, resident_mib, run_in_child
@@ -94,6 +95,16 @@ def test_what_is_needed_is_a_floor_too():
     needed = Candidate("needed", run, target=1.0, needed=lambda: [run() for _ in range(8)])
     bare, held = measure(run, [Candidate("bare", run, target=1.0), needed], "x", rounds=5)
     assert held.floor > 3 > 1.5 > bare.floor
+
+
+def test_what_is_close_to_its_target_is_measured_more_often(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setitem(measuring.CLOCKS, "steps", lambda: float(next(clock)))  # every run takes a second
+    shown = [Candidate(str(target), lambda: None, target=target) for target in (1.05, 0.95, 2.0, 0.5, None)]
+    rows = measure(lambda: None, shown, "x", rounds=3, clock="steps")
+    assert [row.ratio for row in rows] == [1.0] * 5
+    assert [row.verdict for row in rows] == ["met", "missed", "met", "missed", ""]
+    assert [row.rounds for row in rows] == [9, 9, 3, 3, 3]
 
 
 def test_a_candidate_may_go_on_from_its_host():
