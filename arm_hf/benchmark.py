@@ -407,8 +407,8 @@ def run_sections(
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, with what every target says and whether it is kept."""
     lines = [
-        "| | ms | x plain (quartiles) | FLOPs x plain | added | FLOPs added | over | peak MiB | rounds | floor | target "
-        "| |",
+        "| | ms | x plain (quartiles) | FLOPs x plain | added | FLOPs added | over | peak MiB | rounds | floor "
+        "| target | |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
