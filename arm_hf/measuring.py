@@ -236,7 +236,7 @@ def measure(
             run `MORE_ROUNDS` times as often again.
         device: Where they run.
         clock: "wall", or "cpu" for the processor's time, which other processes disturb less; only with one thread.
-        progress: A bar with `update` and `set_postfix_str`, updated once for every run of a candidate.
+        progress: A bar of tqdm, updated once for every run of a candidate; its total grows by the runs that are added.
         dtype: Of the bare products that floors are made of.
 
     Raises:
